@@ -1,0 +1,19 @@
+"""Mathematics: tensors in, tensors out. Nothing here knows of Lightning or of a module."""
+
+from lightning_entropy.functional.attention import aem_loss
+from lightning_entropy.functional.entropy import (
+    effective_number,
+    effective_number_from_logits,
+    entropy,
+    entropy_from_logits,
+    top_k_entropy_from_logits,
+)
+
+__all__ = [
+    "aem_loss",
+    "effective_number",
+    "effective_number_from_logits",
+    "entropy",
+    "entropy_from_logits",
+    "top_k_entropy_from_logits",
+]

@@ -1,0 +1,6 @@
+"""How a method joins a Trainer: the one import of Lightning, loss terms, weight schedules, figures, files."""
+
+from lightning_entropy.training.loss_term import AttentionLossTerm, LossTerm
+from lightning_entropy.training.schedule import WeightSchedule
+
+__all__ = ["AttentionLossTerm", "LossTerm", "WeightSchedule"]

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; absent on a user's machine, required in CI."""
+    if SHARED.is_dir():
+        return SHARED
+    if os.environ.get("CI") == "true":
+        raise RuntimeError("CI must have ../shared/data beside the checkout, and it is not there")
+    pytest.skip("needs ../shared/data beside the checkout")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in a folder of its own, seeded, with one thread, so that tests can run side by side."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
