@@ -1,0 +1,44 @@
+"""The package works with either distribution of Lightning; checked in fresh processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from importlib.util import find_spec
+
+import pytest
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_lightning_is_taken_where_it_is_loaded() -> None:
+    code = (
+        "import lightning.pytorch; from lightning_entropy.training.lightning import DISTRIBUTION; print(DISTRIBUTION)"
+    )
+    assert run(code) == "lightning.pytorch"
+
+
+def test_pytorch_lightning_is_taken_where_it_is_loaded() -> None:
+    if find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch_lightning is not installed")
+    code = (
+        "import pytorch_lightning as pl; from lightning_entropy import AttentionEntropyMaximization as A;"
+        "print(issubclass(A, pl.Callback))"
+    )
+    assert run(code) == "True"
+
+
+def test_neither_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_entropy.training import lightning as binding
+
+    monkeypatch.setattr(binding, "sys", types.SimpleNamespace(modules={}))
+    monkeypatch.setattr(binding, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        binding._distribution()
+    monkeypatch.setattr(binding, "find_spec", lambda name: object() if name == "pytorch_lightning" else None)
+    assert binding._distribution() == "pytorch_lightning"
