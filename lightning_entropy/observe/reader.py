@@ -88,6 +88,7 @@ class AttentionReader:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.recording:
                 self._stack.append(name)
+                self._everywhere.ordinals.pop(name, None)  # operations are counted within one forward
                 if not name:
                     self._counts |= instance_counts(args, kwargs)
 
@@ -101,11 +102,15 @@ class AttentionReader:
         self._handles.after(module, leave)
 
     def _narrow(self, sites: list[Site]) -> None:
-        """Observe the chosen modules alone from now on."""
+        """Observe the chosen modules alone from now on.
+
+        Attention that is computed in the step itself, outside every forward, keeps the whole observed: only the names
+        of the running modules tell it from theirs.
+        """
+        if any(not site.module for site in sites):
+            return
         self._handles.remove()
         for name in dict.fromkeys(site.module for site in sites):
-            if not name:
-                continue  # computed in the step itself, outside every forward: stays observed as a whole
             mode = Interceptor(self._calls, site=name)
 
             def enter(_: nn.Module, args: Any, kwargs: Any, mode: Interceptor = mode) -> None:

@@ -285,8 +285,8 @@ class AttentionLossTerm(LossTerm):
             if dead:
                 raise MisconfigurationException(
                     f"{self.name}: the attention of {', '.join(dict.fromkeys(dead))} carries no gradient. It is "
-                    "frozen, runs under torch.no_grad(), or under reentrant gradient checkpointing (use_reentrant=False "
-                    "works). Name trainable modules with modules=."
+                    "frozen, runs under torch.no_grad(), or under reentrant gradient checkpointing "
+                    "(use_reentrant=False works). Name trainable modules with modules=."
                 )
         self._records = records
         return self.attention_term(records)

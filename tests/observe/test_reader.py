@@ -243,3 +243,58 @@ def test_compiled_forward_is_read_without_graph_breaks() -> None:
         expected = net.pool.score(x).masked_fill(~mask[..., None], -torch.inf).softmax(1).transpose(1, 2)
         torch.testing.assert_close(record.weights(), expected)
     reader.detach()
+
+
+def test_attention_in_the_step_is_told_from_a_softmax_elsewhere() -> None:
+    class Inner(nn.Module):
+        def forward(self, s: Tensor) -> Tensor:
+            return torch.softmax(s, 1)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.inner = nn.Linear(6, 1), Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner(torch.zeros(2, 3, 1))  # the same operation over something else
+            return (torch.softmax(self.score(x), 1) * x).sum(1)
+
+    net, x = Outer(), torch.randn(2, 7, 6)
+    reader = AttentionReader(net)
+    reader.attach()
+    for _ in range(3):
+        reader.start(x)
+        net(x)
+        net(x)
+        reader.stop()
+        assert [r.instances for r in reader.records] == [7, 7]
+    reader.detach()
+
+
+def test_two_forwards_before_a_backward_are_both_read() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.head = nn.Linear(6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.softmax(self.score(x).T, dim=1)
+            return torch.softmax(self.head(a @ x), dim=1)
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Both()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.net(x.flip(0))
+
+    holder, x = Holder(), torch.randn(7, 6)
+    reader = AttentionReader(holder)
+    reader.attach()
+    for _ in range(3):
+        reader.start(x)
+        holder(x)
+        reader.stop()
+        assert [r.instances for r in reader.records] == [7, 7]
+    reader.detach()
