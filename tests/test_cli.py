@@ -200,3 +200,17 @@ def test_predictions_name_classes_or_numbers(tmp_path: Path) -> None:
     assert path.read_text().replace("\r\n", "\n") == expected
     with pytest.raises(ValueError, match="no prediction"):
         write_predictions([], tmp_path / "q.csv")
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_reports() -> None:
+    assert fit(epochs=1) == 0
+    found = []
+    for devices, strategy in (("1", "auto"), ("2", "ddp")):
+        command = [sys.executable, "-m", "lightning_entropy.cli", "validate", "--recipe", "mil", "--ckpt_path", "last"]
+        options = ["--trainer.default_root_dir=run", f"--trainer.devices={devices}", f"--trainer.strategy={strategy}"]
+        done = subprocess.run([*command, *options, *SMALL], check=True, capture_output=True, text=True)
+        rows = [line.split("│") for line in done.stdout.splitlines() if "val/" in line]
+        found.append({row[1].strip(): float(row[2]) for row in rows})
+    assert found[0].keys() == found[1].keys() >= {"val/auc", "val/entropy", "val/instance_auc"}
+    assert found[1] == pytest.approx(found[0], abs=1e-5)

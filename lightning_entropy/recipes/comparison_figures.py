@@ -20,8 +20,8 @@ _PANELS = {
     "val/loss": "validation cross-entropy",
     "val/auc": "validation AUC",
     "val/entropy": "attention entropy, validation (nats)",
-    "aem/entropy": "attention entropy, training (nats)",
-    "aem/loss": "AEM term",
+    "val/instance_auc": "instance AUC of attention, validation",
+    "val/coverage": "coverage of key instances, validation",
 }
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
