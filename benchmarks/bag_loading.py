@@ -7,8 +7,8 @@ through a ``DataLoader`` without workers.
 - whole: the kindest form of it: rows are sampled right after the file was read, nothing is copied twice.
 - SlideBags: reads the rows.
 
-Each figure comes from processes of their own, the sides in turn. "warm": the files are in the page cache, as on the
-second epoch of a set that fits into memory. "cold": the files were dropped from it before the pass (``posix_fadvise``,
+Each figure is that of the second epoch, in processes of their own, the sides in turn. "warm": the files are in the
+page cache, as where a set fits into memory. "cold": the files were dropped from it before the pass (``posix_fadvise``,
 Linux only; the host of a virtual disk may still hold them). Memory is the largest growth of the resident set while
 bags are read one after the other, file pages that are mapped included; at the given size and at four times that.
 
@@ -120,14 +120,10 @@ def measure(folder: Path, *, side: str, instances: int, cold: bool) -> dict[str,
     else:
         loader = whole_file_loader(folder, instances=instances, clam=side == "CLAM")
     epoch = getattr(loader.sampler, "set_epoch", lambda _: None)
-    for step, _ in enumerate(loader):  # imports and the allocator
-        if step == 9:
-            break
+    for _ in loader:  # the first epoch: imports, the allocator, where the chunks of each file lie, and the page cache
+        pass
     if cold:
         evict(folder)
-    else:
-        for path in folder.iterdir():
-            path.read_bytes()
     epoch(1)
     before, peak, done = resident(), [0], threading.Event()
 

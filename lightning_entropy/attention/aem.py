@@ -26,7 +26,7 @@ from lightning_entropy.training.loss_term import AttentionLossTerm
 from lightning_entropy.training.schedule import WeightSchedule
 
 _COLLAPSED = 1.05  # effective number of instances under which AEM's gradient is as good as gone
-_PATIENCE = 20  # steps in a row before that is said
+_PATIENCE = 5  # logged steps in a row before that is said
 
 
 class AttentionEntropyMaximization(AttentionLossTerm):
@@ -34,7 +34,8 @@ class AttentionEntropyMaximization(AttentionLossTerm):
 
     Add it to any Trainer. The attention is found in the first training step (or where ``modules`` says) and read
     where it is computed; the LightningModule is not edited. See :func:`lightning_entropy.functional.aem_loss` for
-    the formula. Each step logs ``aem/loss``, ``aem/entropy`` (nats), ``aem/normalized_entropy``,
+    the formula. It logs, every ``log_every_n_steps`` steps and in the last step of an epoch, ``aem/loss``,
+    ``aem/entropy`` (nats), ``aem/normalized_entropy``,
     ``aem/effective_number``, ``aem/top1_mass``, ``aem/top10_mass`` and ``aem/collapsed_fraction`` (share of
     distributions whose effective number is below 1.05), and ``aem/weight`` when it is scheduled.
 
@@ -86,9 +87,9 @@ class AttentionEntropyMaximization(AttentionLossTerm):
         self.normalize = normalize
         self.target = target
         self.reduction = reduction
-        self._collapsed_steps = 0
+        self._collapsed_readings = 0
 
-    def attention_term(self, records: list[AttentionRecord]) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def attention_term(self, records: list[AttentionRecord]) -> Tensor:
         """AEM's loss over the records of one step; every module that was read counts equally."""
         rows: dict[str, list[Tensor]] = {}
         counts: dict[str, list[Tensor]] = {}
@@ -108,10 +109,10 @@ class AttentionEntropyMaximization(AttentionLossTerm):
             if self.reduction == "mean":
                 total = total / torch.cat(counts[module]).sum().clamp(min=1)
             per_module.append(total)
-        return torch.stack(per_module).mean(), self._quantities(records)
+        return torch.stack(per_module).mean()
 
-    @torch.no_grad()
-    def _quantities(self, records: list[AttentionRecord]) -> dict[str, Tensor | float]:
+    def attention_quantities(self, records: list[AttentionRecord]) -> dict[str, Tensor | float]:
+        """Entropy, effective number and concentration, each the mean over the step's distributions."""
         collected: dict[str, list[Tensor]] = {}
         for record in records:
             exists = record.mask.any(-1)
@@ -135,10 +136,10 @@ class AttentionEntropyMaximization(AttentionLossTerm):
 
     def _watch(self, collapsed: bool) -> None:
         """Warn once when every attention has been collapsed for a while."""
-        self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
-        if self._collapsed_steps == _PATIENCE:
+        self._collapsed_readings = self._collapsed_readings + 1 if collapsed else 0
+        if self._collapsed_readings == _PATIENCE:
             rank_zero_warn(
-                f"{self.name}: the effective number of attended instances has been below {_COLLAPSED} for {_PATIENCE} "
-                "steps. The gradient of the entropy vanishes there: AEM cannot undo a collapse. Regularise from the "
-                "first step, with a larger weight, or lower the learning rate."
+                f"{self.name}: the effective number of attended instances has been below {_COLLAPSED} in {_PATIENCE} "
+                "logged steps in a row. The gradient of the entropy vanishes there: AEM cannot undo a collapse. "
+                "Regularise from the first step, with a larger weight, or lower the learning rate."
             )

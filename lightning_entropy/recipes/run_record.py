@@ -45,8 +45,10 @@ class Parts(NamedTuple):
 
 
 class CurveRecorder(Callback):
-    """Keeps every epoch's logged numbers: ``curves[name]`` has one entry an epoch, ``None`` where there was
-    none.
+    """Keeps every epoch's logged numbers.
+
+    ``curves[name]`` has one entry an epoch, ``None`` where there was none. What is logged by step has the value of
+    the epoch's last step.
     """
 
     def __init__(self) -> None:

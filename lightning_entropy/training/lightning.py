@@ -55,6 +55,12 @@ def cli() -> ModuleType:
     return submodule("cli")
 
 
+def logs_this_step(trainer: Trainer) -> bool:
+    """Whether a value logged in this training step is seen: at ``log_every_n_steps`` and at the end of an epoch."""
+    connector = trainer._logger_connector
+    return bool(connector.should_update_logs or trainer.is_last_batch or getattr(trainer, "fast_dev_run", False))
+
+
 __all__ = [
     "DISTRIBUTION",
     "Callback",
@@ -63,6 +69,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "cli",
+    "logs_this_step",
     "rank_zero_info",
     "rank_zero_warn",
     "seed_everything",

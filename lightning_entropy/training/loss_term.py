@@ -19,6 +19,7 @@ from lightning_entropy.training.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    logs_this_step,
 )
 from lightning_entropy.training.schedule import WeightSchedule
 from lightning_entropy.verbosity import announce
@@ -73,8 +74,12 @@ class LossTerm(Callback, ABC):
         """A backward pass or the step's end: read no further."""
 
     @abstractmethod
-    def term(self) -> tuple[Tensor | None, dict[str, Tensor | float]]:
-        """The number to add (without weight; None: nothing in this step) and quantities to log."""
+    def term(self) -> Tensor | None:
+        """The number to add, without weight; None: nothing in this step."""
+
+    @abstractmethod
+    def quantities(self) -> dict[str, Tensor | float]:
+        """What to log beside the term; asked for after :meth:`term`, only in steps whose values are logged."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -117,7 +122,7 @@ class LossTerm(Callback, ABC):
             return
         weight = self.current_weight(trainer)
         with torch.set_grad_enabled(weight != 0):
-            term, quantities = self.term()
+            term = self.term()
         if not self._said and term is not None:
             self._said = True
             how = self.schedule.describe(self.weight, self.end_weight, self._length)
@@ -128,7 +133,8 @@ class LossTerm(Callback, ABC):
         if weight != 0:
             add_to_loss(trainer, pl_module, loss, weight * term, self.name)
             self._added.append(id(loss))
-        self._log(trainer, pl_module, {"loss": term.detach(), "weight": weight, **quantities})
+        if logs_this_step(trainer):  # what no logger sees is not computed
+            self._log(trainer, pl_module, {"loss": term.detach(), "weight": weight, **self.quantities()})
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read on: with manual optimization, or a closure that is called again, another forward may follow."""
@@ -225,8 +231,12 @@ class AttentionLossTerm(LossTerm):
         self._records: list[AttentionRecord] = []
 
     @abstractmethod
-    def attention_term(self, records: list[AttentionRecord]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The number to add, from the records of one step, and quantities to log."""
+    def attention_term(self, records: list[AttentionRecord]) -> Tensor:
+        """The number to add, from the records of one step."""
+
+    @abstractmethod
+    def attention_quantities(self, records: list[AttentionRecord]) -> dict[str, Tensor | float]:
+        """What to log of the records of one step."""
 
     @property
     def state_key(self) -> str:
@@ -267,15 +277,20 @@ class AttentionLossTerm(LossTerm):
         if self.reader is not None:
             self.reader.clear()
 
-    def term(self) -> tuple[Tensor | None, dict[str, Tensor | float]]:
+    @torch.no_grad()
+    def quantities(self) -> dict[str, Tensor | float]:
+        """What to log of the step's records."""
+        return self.attention_quantities(self._records)
+
+    def term(self) -> Tensor | None:
         """Collect the step's records and hand them to :meth:`attention_term`."""
         assert self.reader is not None
         if self._said and not self.reader.has_read:
-            return None, {}  # a further backward pass of a step without a forward of its own
+            return None  # a further backward pass of a step without a forward of its own
         records = self.reader.records
         if not records:
             if self.reader.only_single_instances:
-                return None, {}
+                return None
             raise MisconfigurationException(
                 f"{self.name}: no attention ran in this step in {_places(self.reader)}, where it was read before. If "
                 "steps differ, name modules that run in every step with modules=."

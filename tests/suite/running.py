@@ -44,6 +44,7 @@ def trainer(callbacks: list, folder: Path, **options: Any) -> Trainer:
         "devices": 1,
         "max_epochs": 2,
         "logger": False,
+        "log_every_n_steps": 1,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -169,3 +169,15 @@ def test_weight_follows_steps_under_accumulation(tmp_path: Path) -> None:
     callback = Watch(1.0, schedule=WeightSchedule("linear", unit="step"))
     trainer([callback], tmp_path, max_epochs=1, accumulate_grad_batches=4).fit(BagClassifier(), loader(bags(8)))
     assert weights == pytest.approx([1.0] * 4 + [0.5] * 4)
+
+
+def test_what_no_logger_sees_is_not_computed(tmp_path: Path) -> None:
+    counted = []
+
+    class Counts(AttentionEntropyMaximization):
+        def attention_quantities(self, records):
+            counted.append(len(counted))
+            return super().attention_quantities(records)
+
+    trainer([Counts()], tmp_path, log_every_n_steps=3, max_epochs=1).fit(BagClassifier(), loader(bags(8)))
+    assert len(counted) == 3  # steps 3 and 6, and the last of the epoch
