@@ -6,10 +6,10 @@ loads neither Lightning nor any domain library.
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from lightning_entropy.lazy import lazy_exports
 from lightning_entropy.verbosity import set_verbosity
 
 if TYPE_CHECKING:
@@ -23,25 +23,12 @@ except PackageNotFoundError:  # a source tree that was put on the path without b
     __version__ = "0+unknown"
 
 _EXPORTS = {
-    "AttentionEntropyMaximization": "lightning_entropy.attention",
-    "MILClassifier": "lightning_entropy.recipes",
-    "SlideBags": "lightning_entropy.data",
+    "AttentionEntropyMaximization": "attention",
+    "MILClassifier": "recipes",
+    "SlideBags": "data",
+    **{room: room for room in ("attention", "data", "functional", "observe", "recipes", "training")},
 }
-_ROOMS = ("attention", "data", "functional", "observe", "recipes", "training")
 
 __all__ = ["AttentionEntropyMaximization", "MILClassifier", "SlideBags", "__version__", "set_verbosity"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _EXPORTS:
-        value = getattr(import_module(_EXPORTS[name]), name)
-    elif name in _ROOMS:
-        value = import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *_ROOMS})
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
