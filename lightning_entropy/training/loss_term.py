@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class LossTerm(Callback, ABC):
         self.schedule = WeightSchedule(schedule) if isinstance(schedule, str) else schedule
         self._length = 1
         self._pending = False
-        self._added: list[int] = []
+        self._added: list[weakref.ref[Tensor]] = []
         self._said = False
 
     # What a subclass gives.
@@ -116,7 +117,7 @@ class LossTerm(Callback, ABC):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the term to the loss and log."""
         self.end()
-        if id(loss) in self._added:
+        if any(seen() is loss for seen in self._added):
             return  # the same tensor is backpropagated again and has the term in it
         if not self._pending:
             return
@@ -132,7 +133,7 @@ class LossTerm(Callback, ABC):
         self._pending = False
         if weight != 0:
             add_to_loss(trainer, pl_module, loss, weight * term, self.name)
-            self._added.append(id(loss))
+            self._added.append(weakref.ref(loss))
         if logs_this_step(trainer):  # what no logger sees is not computed
             self._log(trainer, pl_module, {"loss": term.detach(), "weight": weight, **self.quantities()})
 

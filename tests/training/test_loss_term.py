@@ -142,6 +142,31 @@ def test_two_optimizers_by_hand(tmp_path: Path) -> None:
     trainer([AttentionEntropyMaximization(0.5)], tmp_path).fit(Two(), loader(bags()))
 
 
+def test_two_losses_with_a_forward_each_both_get_the_term(tmp_path: Path) -> None:
+    """The second loss often lies where the freed first one was, with the same id."""
+    added = []
+
+    class Two(BagClassifier):
+        def __init__(self) -> None:
+            super().__init__(dropout=0.0)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            for _ in range(2):
+                loss = self.loss(batch) * 1.0
+                before = loss.item()
+                self.manual_backward(loss)
+                added.append(loss.item() - before)
+                del loss
+            optimizer.step()
+
+    trainer([AttentionEntropyMaximization(0.5)], tmp_path).fit(Two(), loader(bags()))
+    assert len(added) == 32
+    assert all(value < -0.01 for value in added)
+
+
 def test_resume_with_other_arguments_is_said(tmp_path: Path) -> None:
     import logging
 
