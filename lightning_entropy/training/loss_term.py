@@ -78,9 +78,9 @@ class LossTerm(Callback, ABC):
     def term(self) -> Tensor | None:
         """The number to add, without weight; None: nothing in this step."""
 
-    @abstractmethod
     def quantities(self) -> dict[str, Tensor | float]:
         """What to log beside the term; asked for after :meth:`term`, only in steps whose values are logged."""
+        return {}
 
     @abstractmethod
     def describe(self) -> str:
@@ -235,9 +235,9 @@ class AttentionLossTerm(LossTerm):
     def attention_term(self, records: list[AttentionRecord]) -> Tensor:
         """The number to add, from the records of one step."""
 
-    @abstractmethod
     def attention_quantities(self, records: list[AttentionRecord]) -> dict[str, Tensor | float]:
-        """What to log of the records of one step."""
+        """What to log of the records of one step, beside the loss."""
+        return {}
 
     @property
     def state_key(self) -> str:
