@@ -22,6 +22,7 @@ _ARTEFACTS = 2  # instances of the artefact in a bag that has it
 _POOLS = {"train": (0.0, 0.6), "val": (0.6, 0.7), "test": (0.7, 1.0)}
 PRESETS: Mapping[str, Mapping[str, float | int | bool]] = {
     "fewbags": {},
+    "manybags": {"train_bags": 100},
     "shortcut": {"train_bags": 60, "bag_size": 120, "witness_rate": 0.2, "artefact": True},
     "tiny": {"train_bags": 60, "witness_rate": 2 / 150, "noise": 0.08},
 }
@@ -54,7 +55,8 @@ def digit_bags(
         seed: of images, noise and bags.
         draw: number of an independent draw of the same seed; ``SlideBags(fold=...)`` passes the fold here.
         preset: values for what is left at None. ``"fewbags"``: 20 training bags of 150 instances, a tenth of
-            the instances of a positive bag are 9s. ``"shortcut"``: 60 bags of 120, a fifth, and two images of
+            the instances of a positive bag are 9s. ``"manybags"``: 100 of them.
+            ``"shortcut"``: 60 bags of 120, a fifth, and two images of
             the digit 0 in 95 % of the positive and 5 % of the negative training bags but in half of the other
             bags whatever their label. ``"tiny"``: 60 bags of 150, two 9s in a positive bag, less noise.
         train_bags: number of training bags.

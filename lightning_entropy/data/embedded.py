@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning_entropy.data.digit_bags import digit_bags
@@ -13,6 +14,7 @@ from lightning_entropy.data.source import BagSource
 
 EMBEDDED: dict[str, Callable[..., BagSource]] = {
     "digits": digit_bags,
+    "digits100": partial(digit_bags, preset="manybags"),
     "ucsb": ucsb,
     "musk1": musk1,
     "musk2": musk2,
@@ -30,7 +32,8 @@ def embedded_bags(name: str, *, seed: int = 0, **options: Any) -> BagSource:
     """Make one of the sets that come with this package or its ``demo`` extra.
 
     Args:
-        name: ``"digits"`` (generated, instance labels known), ``"ucsb"`` (58 images of breast histology),
+        name: ``"digits"`` (20 training bags, generated, instance labels known), ``"digits100"`` (100 of
+            them), ``"ucsb"`` (58 images of breast histology),
             ``"musk1"``, ``"musk2"`` (molecules), ``"elephant"`` (image segments), or ``"slide"`` (bags of
             tiles of one real H&E slide region, instance labels constructed).
         seed: of the generator, or of the five folds of a real set.

@@ -26,8 +26,8 @@ class SlideBags(LightningDataModule):
 
     Args:
         features: folder of feature files (CLAM ``.pt``, CLAM or TRIDENT ``.h5``, STAMP ``.h5``, ``.npz``,
-            ``.npy``), the one ``.h5`` file of the AEM authors, or ``"embedded:NAME"`` with NAME digits, ucsb,
-            musk1, musk2, elephant or slide.
+            ``.npy``), the one ``.h5`` file of the AEM authors, or ``"embedded:NAME"`` with NAME digits, digits100,
+            ucsb, musk1, musk2, elephant or slide.
         table: CSV with one row a slide. It may be left out for embedded sets, for the AEM authors' file,
             whose labels are inside, and for prediction.
         layout: ``"auto"``, or one of ``pt``, ``h5``, ``stamp``, ``aem``, ``npz``, ``npy``.

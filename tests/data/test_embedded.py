@@ -110,7 +110,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "preset must be one of fewbags, shortcut, tiny"),
+        ({"preset": "huge"}, "preset must be one of fewbags, manybags, shortcut, tiny"),
         ({"witness_rate": 0.0}, "witness_rate must be"),
         ({"train_bags": 1}, "too small"),
         ({"bags": 3}, r"embedded:digits has no option \['bags'\]"),
@@ -153,9 +153,15 @@ def test_the_slide_region_and_its_bags() -> None:
 
 
 def test_an_embedded_set_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="there are digits, ucsb, musk1, musk2, elephant, slide"):
+    with pytest.raises(ValueError, match="there are digits, digits100, ucsb, musk1, musk2, elephant, slide"):
         SlideBags("embedded:camelyon").setup()
     with pytest.raises(ValueError, match="brings its own labels"):
         SlideBags("embedded:digits", "slides.csv").setup()
     with pytest.raises(ValueError, match="are for embedded sets"):
         SlideBags("features", options={"preset": "tiny"}).setup()
+
+
+def test_digits100_is_the_same_set_with_more_training_bags() -> None:
+    few, many = embedded_bags("digits"), embedded_bags("digits100")
+    assert [few.splits.count("train"), many.splits.count("train")] == [20, 100]
+    assert few.splits.count("test") == many.splits.count("test")
