@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,19 @@ def _isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def announced() -> Iterator[list[str]]:
+    """What the package says to the user during the test."""
+    from lightning_entropy import set_verbosity
+
+    kept: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning_entropy")
+    logger.addHandler(handler)
+    set_verbosity("info")
+    yield kept
+    logger.removeHandler(handler)
+    set_verbosity("info")
