@@ -6,6 +6,7 @@ The mode sees ``softmax`` in its three spellings, ``scaled_dot_product_attention
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
-_SDPA = F.scaled_dot_product_attention
-_MHA = F.multi_head_attention_forward
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+SDPA = F.scaled_dot_product_attention
+MHA = F.multi_head_attention_forward
 
 
 class Call(NamedTuple):
@@ -59,24 +60,21 @@ class Interceptor(TorchFunctionMode):
         """Run the operation and note it if it computes attention."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in _SOFTMAX:
-            logits = args[0] if args else kwargs["input"]
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            if dim is None:  # F.softmax still accepts this, with a rule of its own
-                dim = 0 if logits.dim() in (0, 1, 3) else 1
-            self._note("softmax", tuple(logits.shape), dim % max(logits.dim(), 1), logits)
-        elif func is _SDPA:
-            query, key = args[0], args[1]
-            shape = (*query.shape[:-1], key.shape[-2])
-            logits = _dot_product_logits(*args, **kwargs) if query.shape[-2] < key.shape[-2] else None
-            self._note("scaled_dot_product_attention", shape, len(shape) - 1, logits)
-        elif func is _MHA:
-            heads = args[4] if len(args) > 4 else kwargs["num_heads"]
-            query, key = args[0], args[1]
-            batch = query.shape[1] if query.dim() == 3 else 1
-            shape = (batch, heads, query.shape[0], key.shape[0])
-            logits = _multi_head_logits(*args, **kwargs) if query.shape[0] < key.shape[0] else None
-            self._note("multi_head_attention", shape, 3, logits)
+        if func in SOFTMAX:
+            logits, dim = softmax_arguments(args, kwargs)
+            self._note("softmax", tuple(logits.shape), dim, logits)
+        elif func is SDPA:
+            given = sdpa_arguments(args, kwargs)
+            q, k = given["query"], given["key"]
+            map_logits = _dot_product_logits(**given) if q.shape[-2] < k.shape[-2] else None
+            shape = (*q.shape[:-1], k.shape[-2])
+            self._note("scaled_dot_product_attention", shape, len(shape) - 1, map_logits)
+        elif func is MHA:
+            given = multi_head_arguments(args, kwargs)
+            q, k = given["query"], given["key"]
+            map_logits = _multi_head_logits(**given) if q.shape[0] < k.shape[0] else None
+            batch = q.shape[1] if q.dim() == 3 else 1
+            self._note("multi_head_attention", (batch, given["num_heads"], q.shape[0], k.shape[0]), 3, map_logits)
         return out
 
     def _note(self, source: str, shape: tuple[int, ...], dim: int, logits: Tensor | None) -> None:
@@ -85,6 +83,29 @@ class Interceptor(TorchFunctionMode):
         self.ordinals[site] = ordinal + 1
         held = None if is_square(shape, dim) else logits
         self.calls.append(Call(site, ordinal, source, shape, dim, held))
+
+
+def softmax_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+    """The logits of a softmax call and its dimension, counted from the front."""
+    logits = args[0] if args else kwargs["input"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if dim is None:  # F.softmax still accepts this, with a rule of its own
+        dim = 0 if logits.dim() in (0, 1, 3) else 1
+    return logits, dim % max(logits.dim(), 1)
+
+
+_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_MHA_NAMES = tuple(inspect.signature(MHA).parameters)
+
+
+def sdpa_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``scaled_dot_product_attention`` by name."""
+    return {**dict(zip(_SDPA_NAMES, args)), **kwargs}
+
+
+def multi_head_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``multi_head_attention_forward`` by name."""
+    return {**dict(zip(_MHA_NAMES, args)), **kwargs}
 
 
 def is_square(shape: tuple[int, ...], dim: int) -> bool:

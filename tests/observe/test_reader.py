@@ -298,3 +298,19 @@ def test_two_forwards_before_a_backward_are_both_read() -> None:
         reader.stop()
         assert [r.instances for r in reader.records] == [7, 7]
     reader.detach()
+
+
+def test_attention_called_by_keywords() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 1, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.query.expand(len(x), -1, -1)
+            return nn.functional.scaled_dot_product_attention(query=q, value=x, key=x, scale=0.5)
+
+    model, x = Keywords(), torch.randn(2, 7, 6)
+    _, (record,) = read_attention(model, x)
+    expected = (0.5 * model.query @ x.transpose(1, 2)).softmax(-1)
+    torch.testing.assert_close(record.weights(), expected)
