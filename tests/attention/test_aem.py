@@ -425,7 +425,9 @@ def test_late_built_models(tmp_path: Path) -> None:
             self.build("configure_model")
 
     for hook in ("setup", "configure_model"):
-        trainer([AttentionEntropyMaximization(modules="pool")], tmp_path).fit(Late(hook), loader(bags()))
+        run = trainer([AttentionEntropyMaximization(modules="pool")], tmp_path)
+        run.fit(Late(hook), loader(bags()))
+        assert run.callback_metrics["aem/entropy"] > 0
 
 
 def test_bags_of_one_instance_are_skipped(tmp_path: Path) -> None:

@@ -99,7 +99,10 @@ def test_a_step_that_is_skipped(tmp_path: Path) -> None:
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx % 2 else loss
 
-    trainer([AttentionEntropyMaximization()], tmp_path).fit(Skips(), loader(bags()))
+    run = trainer([AttentionEntropyMaximization()], tmp_path)
+    run.fit(Skips(), loader(bags()))
+    assert run.global_step == 16
+    assert run.callback_metrics["aem/entropy"] > 0
 
 
 def test_lbfgs_calls_its_closure_many_times(tmp_path: Path) -> None:
@@ -139,7 +142,13 @@ def test_two_optimizers_by_hand(tmp_path: Path) -> None:
             tier = [*self.pool.parameters(), *self.head.parameters()]
             return torch.optim.SGD(tier, 0.1), torch.optim.SGD(self.other.parameters(), 0.1)
 
-    trainer([AttentionEntropyMaximization(0.5)], tmp_path).fit(Two(), loader(bags()))
+    def scorer(weight: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = Two()
+        trainer([AttentionEntropyMaximization(weight)], tmp_path).fit(module, loader(bags()))
+        return module.pool.score[2].weight.detach()
+
+    assert not torch.equal(scorer(0.0), scorer(0.5))
 
 
 def test_two_losses_with_a_forward_each_both_get_the_term(tmp_path: Path) -> None:
