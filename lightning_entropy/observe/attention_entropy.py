@@ -1,34 +1,26 @@
-"""Reads the entropy of every attention of an unmodified transformer, without its maps where the model forms none.
+"""The entropy of one attention, from the operation that computed it.
 
 Fused attention is read from the query and key that enter it, ``nn.MultiheadAttention`` from its projections, eager
-attention from the logits that enter its softmax. One mechanism for every architecture; the output is not changed.
+attention from the logits that enter its softmax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from lightning_entropy.functional import attention_entropy, entropy_from_logits
 from lightning_entropy.observe.interception import (
-    MHA,
-    SDPA,
-    SOFTMAX,
-    Handles,
     is_square,
     multi_head_arguments,
     sdpa_arguments,
     softmax_arguments,
 )
 from lightning_entropy.observe.records import masked_out
-from lightning_entropy.observe.selection import as_patterns, match_modules
 
 
 @dataclass(frozen=True)
@@ -41,12 +33,14 @@ class LayerEntropy:
         entropy: ``(..., heads, queries)`` in nats, float32 or wider, before dropout; with its graph where gradients
             are enabled.
         keys: how many keys each query may attend to, broadcastable to ``entropy``.
+        rows: how many query rows the attention has; more than ``entropy`` holds where rows were sampled.
     """
 
     module: str
     source: str
     entropy: Tensor
     keys: Tensor
+    rows: int
 
     def normalized(self) -> Tensor:
         """Entropy divided by the log of the row's allowed keys; NaN for rows with fewer than two."""
@@ -58,24 +52,107 @@ class LayerEntropy:
         return values.movedim(-2, 0).flatten(1).nanmean(1)
 
 
-class _EntropyMode(TorchFunctionMode):
-    def __init__(self, found: list[LayerEntropy], stack: list[str], wanted: Callable[[str], bool]) -> None:
-        super().__init__()
-        self.found, self.stack, self.wanted = found, stack, wanted
+class AttentionRead:
+    """Turns noted calls into entropies; one object a forward, so that what layers share is looked at once.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is SDPA or func is MHA or func in SOFTMAX:
-            site = self.stack[-1] if self.stack else ""
-            if self.wanted(site):
-                read = _of_sdpa if func is SDPA else _of_multi_head if func is MHA else _of_softmax
-                entry = read(site, args, kwargs)
-                if entry is not None:
-                    self.found.append(entry)
-        return out
+    Args:
+        queries: sample this many query rows of each attention (see
+            :func:`lightning_entropy.functional.attention_entropy`); None reads all.
+    """
+
+    def __init__(self, queries: int | None = None) -> None:
+        self.queries = queries
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, kind: str, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
+        """The entropy of one call; None for one that is no attention between tokens."""
+        if kind == "scaled_dot_product_attention":
+            return self._of_dot_product(site, args, kwargs)
+        if kind == "multi_head_attention":
+            return self._of_multi_head(site, args, kwargs)
+        return self._of_softmax(site, args, kwargs)
+
+    def _as_bool(self, mask: Tensor) -> Tensor:
+        """A boolean mask where one was spelled as 0 and a very negative number; a true bias stays.
+
+        Layers share their mask, so the look at its values, which waits for a GPU, is taken once.
+        """
+        if mask.dtype == torch.bool or mask.requires_grad:
+            return mask
+        known = self._masks.get(id(mask))
+        if known is None or known[0] is not mask:
+            out = masked_out(mask)
+            plain = ~out if bool((out | (mask == 0)).all()) else mask
+            known = self._masks[id(mask)] = (mask, plain)
+        return known[1]
+
+    def _entry(
+        self, site: str, source: str, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
+    ) -> LayerEntropy:
+        rows = query.shape[-2]
+        if mask is not None:
+            mask = self._as_bool(mask)
+        if self.queries is not None and self.queries < rows:
+            chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.queries]
+            chosen = chosen.to(query.device)
+            query = query.index_select(-2, chosen)
+            if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+                mask = mask.index_select(-2, chosen)
+            if is_causal:
+                mask, is_causal = torch.arange(key.shape[-2], device=query.device) <= chosen[:, None], False
+        h = attention_entropy(query, key, mask, is_causal, **options)
+        assert isinstance(h, Tensor)
+        return LayerEntropy(site, source, h, _keys(query, key, mask, is_causal), rows)
+
+    def _of_dot_product(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy:
+        given = sdpa_arguments(args, kwargs)
+        return self._entry(
+            site,
+            "scaled_dot_product_attention",
+            given["query"],
+            given["key"],
+            given.get("attn_mask"),
+            given.get("is_causal", False),
+            scale=given.get("scale"),
+            enable_gqa=given.get("enable_gqa", False),
+        )
+
+    def _of_softmax(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
+        logits, dim = softmax_arguments(args, kwargs)
+        if dim != logits.dim() - 1 or not (is_square(tuple(logits.shape), dim) or logits.dim() >= 4):
+            return None  # a pooling or a classifier's softmax
+        rows = logits.shape[-2]
+        if self.queries is not None and self.queries < rows:
+            chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.queries]
+            logits = logits.index_select(-2, chosen.to(logits.device))
+        out = masked_out(logits.detach())
+        h = entropy_from_logits(logits.masked_fill(out, -torch.inf))
+        return LayerEntropy(site, "softmax", h, (~out).sum(-1).float(), rows)
+
+    def _of_multi_head(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
+        given = multi_head_arguments(args, kwargs)
+        if given.get("bias_k") is not None or given.get("add_zero_attn") or given.get("static_k") is not None:
+            return None  # keys that are no tokens
+        query, key, heads = given["query"], given["key"], given["num_heads"]
+        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+        if query.dim() == 2:
+            query, key = query.unsqueeze(1), key.unsqueeze(1)
+            padding = None if padding is None else padding.unsqueeze(0)
+        width, batch = query.shape[-1], query.shape[1]
+        if given.get("use_separate_proj_weight"):
+            w_q, w_k = given["q_proj_weight"], given["k_proj_weight"]
+        else:
+            w_q, w_k = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
+        bias = given.get("in_proj_bias")
+        b_q, b_k = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+
+        def split(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
+            return F.linear(x, weight, b).view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3)
+
+        q, k = split(query, w_q, b_q), split(key, w_k, b_k)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.view(batch, heads, *mask.shape[-2:])
+        return self._entry(site, "multi_head_attention", q, k, _joint_mask(mask, padding, q), False)
 
 
 def _keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -86,68 +163,6 @@ def _keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> T
         return torch.full((1,), float(count), device=query.device)
     allowed = mask if mask.dtype == torch.bool else ~masked_out(mask.detach())
     return allowed.expand(*allowed.shape[:-1], count).sum(-1).float()
-
-
-def _entry(
-    site: str, source: str, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
-) -> LayerEntropy:
-    if mask is not None and mask.dtype != torch.bool and not mask.requires_grad:
-        # Libraries spell boolean masks as 0 and a very negative number; a true bias needs the blockwise form.
-        out = masked_out(mask)
-        if bool((out | (mask == 0)).all()):
-            mask = ~out
-    h = attention_entropy(query, key, mask, is_causal, **options)
-    assert isinstance(h, Tensor)
-    return LayerEntropy(site, source, h, _keys(query, key, mask, is_causal))
-
-
-def _of_sdpa(site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy:
-    given = sdpa_arguments(args, kwargs)
-    return _entry(
-        site,
-        "scaled_dot_product_attention",
-        given["query"],
-        given["key"],
-        given.get("attn_mask"),
-        given.get("is_causal", False),
-        scale=given.get("scale"),
-        enable_gqa=given.get("enable_gqa", False),
-    )
-
-
-def _of_softmax(site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
-    logits, dim = softmax_arguments(args, kwargs)
-    if dim != logits.dim() - 1 or not (is_square(tuple(logits.shape), dim) or logits.dim() == 4):
-        return None  # a pooling or a classifier's softmax
-    out = masked_out(logits.detach())
-    h = entropy_from_logits(logits.masked_fill(out, -torch.inf))
-    return LayerEntropy(site, "softmax", h, (~out).sum(-1).float())
-
-
-def _of_multi_head(site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
-    given = multi_head_arguments(args, kwargs)
-    if given.get("bias_k") is not None or given.get("add_zero_attn") or given.get("static_k") is not None:
-        return None  # keys that are no tokens
-    query, key, heads = given["query"], given["key"], given["num_heads"]
-    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
-    if query.dim() == 2:
-        query, key = query.unsqueeze(1), key.unsqueeze(1)
-        padding = None if padding is None else padding.unsqueeze(0)
-    width, batch = query.shape[-1], query.shape[1]
-    if given.get("use_separate_proj_weight"):
-        w_q, w_k = given["q_proj_weight"], given["k_proj_weight"]
-    else:
-        w_q, w_k = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
-    bias = given.get("in_proj_bias")
-    b_q, b_k = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
-
-    def split(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
-        return F.linear(x, weight, b).view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3)
-
-    q, k = split(query, w_q, b_q), split(key, w_k, b_k)
-    if mask is not None and mask.dim() == 3:
-        mask = mask.view(batch, heads, *mask.shape[-2:])
-    return _entry(site, "multi_head_attention", q, k, _joint_mask(mask, padding, q), False)
 
 
 def _joint_mask(mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
@@ -164,68 +179,4 @@ def _joint_mask(mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Te
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
-class AttentionEntropyReader:
-    """Reads the entropy of every attention that a module computes while the context is open.
-
-    Args:
-        module: any module; it gets hooks for the time of the context.
-        modules: shell patterns over dotted names of the modules whose attention is read, with all that they contain;
-            None reads all.
-
-    Raises:
-        ValueError: if a pattern matches no module; on leaving the context, if no attention ran.
-
-    Example:
-        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-        >>> with AttentionEntropyReader(layer) as reader:
-        ...     _ = layer(torch.zeros(1, 5, 8))
-        >>> reader.layers[0].per_head()
-        tensor([1.0000, 1.0000], grad_fn=<NanmeanBackward0>)
-    """
-
-    def __init__(self, module: nn.Module, modules: str | Iterable[str] | None = None) -> None:
-        self.module = module
-        self.patterns = as_patterns(modules)
-        self.layers: list[LayerEntropy] = []
-        self._stack: list[str] = []
-        self._handles = Handles()
-        names: list[str] | None = None
-        if self.patterns is not None:
-            found = match_modules(module, self.patterns, type(self).__name__)
-            names = [name for matched in found.values() for name in matched]
-
-        def wanted(site: str) -> bool:
-            return names is None or any(site == n or not n or site.startswith(f"{n}.") for n in names)
-
-        self._mode = _EntropyMode(self.layers, self._stack, wanted)
-
-    def __enter__(self) -> AttentionEntropyReader:
-        self.layers.clear()
-        for name, module in self.module.named_modules():
-
-            def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                self._stack.append(name)
-
-            def leave(_: nn.Module, args: Any, output: Any) -> None:
-                self._stack.pop()
-
-            self._handles.before(module, enter)
-            self._handles.after(module, leave)
-        self._mode.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._mode.__exit__(kind, error, trace)
-        self._handles.remove()
-        self._stack.clear()
-        if kind is None and not self.layers:
-            where = "" if self.patterns is None else f" in the modules that {self.patterns} match"
-            raise ValueError(
-                f"AttentionEntropyReader: no attention between tokens ran in {type(self.module).__name__}{where}. "
-                "It reads scaled_dot_product_attention, multi_head_attention_forward, and softmax over logits."
-            )
-
-
-__all__ = ["AttentionEntropyReader", "LayerEntropy"]
+__all__ = ["AttentionRead", "LayerEntropy"]

@@ -2,160 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_entropy.observe import AttentionEntropyReader
-
-
-def of_map(p: Tensor) -> Tensor:
-    return -(p.double() * p.double().clamp(min=1e-300).log()).sum(-1)
+from tests.observe.model_cases import EVERY, FUSED, ModelCase, of_map
 
 
 def output_of(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def check(model: nn.Module, run: Callable[[], Any], maps: list[Tensor], source: str) -> None:
-    with torch.no_grad():
-        plain = output_of(run())
-        with AttentionEntropyReader(model) as reader:
-            read = output_of(run())
-    assert torch.equal(plain, read)
-    assert [layer.source for layer in reader.layers] == [source] * len(maps)
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def check_layers(reader: AttentionEntropyReader, maps: list[Tensor], source: str) -> None:
+    assert len(reader.layers) == len(maps)
+    # CaiT's talking heads are never fused, its class attention is
+    assert {layer.source for layer in reader.layers} in ({source}, {source, "softmax"})
     for layer, p in zip(reader.layers, maps):
         expected = of_map(p)
         torch.testing.assert_close(layer.entropy.double().view_as(expected), expected, atol=1e-5, rtol=0)
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("case", "mode"), EVERY, ids=[f"{c.library}-{c.name}-{m}" for c, m in EVERY])
+def test_equals_the_models_own_maps(case: ModelCase, mode: str) -> None:
+    model, arguments = case.build(mode)
+    with torch.no_grad():
+        maps = case.maps(model, arguments)
+        with AttentionEntropyReader(model) as reader:
+            read = output_of(model(**arguments))
+        plain = output_of(model(**arguments))
+    if mode in ("eval", "no weights"):  # torch.nn's own fast path, off while it is read, is another kernel
+        torch.testing.assert_close(plain, read)
+    else:
+        assert torch.equal(plain, read)
+    check_layers(reader, maps, case.source[mode])
+    assert hooks(model) == 0
     assert torch._C._len_torch_function_stack() == 0
 
 
-TIMM = {
-    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8},
-    "deit3_small_patch16_224": {"img_size": 32, "patch_size": 8},
-    "eva02_tiny_patch14_224": {"img_size": 28, "patch_size": 7},
-    "beit_base_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3},
-    "swin_tiny_patch4_window7_224": {"img_size": 56},
-}
+@pytest.mark.parametrize(("case", "mode"), EVERY, ids=[f"{c.library}-{c.name}-{m}" for c, m in EVERY])
+def test_attached_reader_narrows_and_reads_the_same(case: ModelCase, mode: str) -> None:
+    model, arguments = case.build(mode)
+    reader = AttentionEntropyReader(model)
+    reader.attach()
+    whole = hooks(model)
+    results = []
+    for _ in range(2):
+        reader.start()
+        out = output_of(model(**arguments))
+        reader.stop()
+        results.append(reader.layers)
+    assert hooks(model) <= whole
+    assert [layer.module for layer in results[0]] == [layer.module for layer in results[1]]
+    for first, second in zip(*results):
+        assert torch.equal(first.entropy, second.entropy)
+        assert second.entropy.requires_grad
+    out.sum().backward(retain_graph=True)
+    torch.stack([layer.entropy.sum() for layer in results[1]]).sum().backward()
+    reader.detach()
+    assert hooks(model) == 0
+    assert torch._C._len_torch_function_stack() == 0
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "eager"])
-@pytest.mark.parametrize("name", TIMM)
-def test_timm(name: str, fused: bool) -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model(name, depths=(1, 1, 1, 1), **TIMM[name]) if "swin" in name else None
-    model = (model or timm.create_model(name, depth=2, **TIMM[name])).eval()
-    size = TIMM[name]["img_size"]
-    x = torch.randn(2, 3, size, size)
-    blocks = [m for m in model.modules() if hasattr(m, "fused_attn")]
-    maps: list[Tensor] = []
-    handles = []
-    for block in blocks:
-        block.fused_attn = False
-        handles.append(block.attn_drop.register_forward_pre_hook(lambda m, a: maps.append(a[0])))
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
-    for block in blocks:
-        block.fused_attn = fused
-    check(model, lambda: model(x), maps, "scaled_dot_product_attention" if fused else "softmax")
-
-
-@pytest.mark.parametrize("name", ["vit", "swin"])
-def test_torchvision(name: str) -> None:
-    models = pytest.importorskip("torchvision.models")
-    maps: list[Tensor] = []
-    if name == "vit":
-        model = models.VisionTransformer(32, 8, 2, 2, 16, 32).eval()
-        x = torch.randn(2, 3, 32, 32)
-        for layer in model.encoder.layers:
-            attend = layer.self_attention
-
-            def keep(m: nn.Module, args: Any, attend: nn.Module = attend) -> None:
-                maps.append(attend.forward(*args, need_weights=True, average_attn_weights=False)[1])
-
-            layer.handle = attend.register_forward_pre_hook(keep)
-        with torch.no_grad():
-            model(x)
-        for layer in model.encoder.layers:
-            layer.handle.remove()
-        check(model, lambda: model(x), maps, "multi_head_attention")
-        return
-    model = models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4]).eval()
-    x = torch.randn(2, 3, 64, 64)
-    softmax, original = [], nn.functional.softmax
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "softmax", lambda s, dim: softmax.append(original(s, dim)) or softmax[-1])
-        with torch.no_grad():
-            model(x)
-    check(model, lambda: model(x), softmax, "softmax")
-
-
-def transformers_model(name: str, implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def test_a_padded_row_without_a_key_is_zero_and_left_out() -> None:
     t = pytest.importorskip("transformers")
-    common = {"attn_implementation": implementation}
-    ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
-    padded = torch.ones(2, 12, dtype=torch.long)
-    padded[1, 8:] = 0
     torch.manual_seed(0)
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    if name == "bert":
-        return t.BertModel(t.BertConfig(vocab_size=50, **small, **common)).eval(), {
-            "input_ids": ids,
-            "attention_mask": padded,
-        }
-    if name == "gpt2":
-        config = t.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)
-        return t.GPT2Model(config).eval(), {"input_ids": ids}
-    if name == "llama":
-        config = t.LlamaConfig(vocab_size=50, num_key_value_heads=2, **small, **common)
-        return t.LlamaModel(config).eval(), {"input_ids": ids, "attention_mask": padded.flip(1)}
-    config = t.ViTConfig(image_size=32, patch_size=8, **small, **common)
-    return t.ViTModel(config).eval(), {
-        "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    }
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
-def test_transformers(name: str, implementation: str) -> None:
-    model, inputs = transformers_model(name, implementation)
-    eager, _ = transformers_model(name, "eager")
-    eager.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        maps = list(eager(**inputs, output_attentions=True).attentions)
-    source = "softmax" if implementation == "eager" else "scaled_dot_product_attention"
-    if name == "llama":  # a row of padding has no allowed key: 0 here, uniform or NaN in the library's map
-        with torch.no_grad(), AttentionEntropyReader(model) as reader:
-            model(**inputs)
-        real = inputs["attention_mask"].bool()
-        for layer, p in zip(reader.layers, maps):
-            got = layer.entropy.double().movedim(-1, 1)[real]
-            torch.testing.assert_close(got, of_map(p).movedim(-1, 1)[real], atol=1e-5, rtol=0)
-        return
-    check(model, lambda: model(**inputs), maps, source)
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("masked", [False, True])
-def test_transformer_encoder_layer_in_both_modes(train: bool, masked: bool) -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).train(train)
-    x = torch.randn(2, 9, 16)
-    padding = torch.arange(9) >= torch.tensor([9, 5])[:, None] if masked else None
-    with torch.no_grad():
-        p = layer.self_attn(x, x, x, key_padding_mask=padding, need_weights=True, average_attn_weights=False)[1]
-        with AttentionEntropyReader(layer) as reader:
-            layer(x, src_key_padding_mask=padding)
-    assert [(r.module, r.source) for r in reader.layers] == [("self_attn", "multi_head_attention")]
-    torch.testing.assert_close(reader.layers[0].entropy.double(), of_map(p), atol=1e-5, rtol=0)
+    config = t.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = t.LlamaModel(config).eval()
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, :3] = 0  # padded on the left: those rows have no allowed key
+    with torch.no_grad(), AttentionEntropyReader(model) as reader:
+        model(input_ids=torch.randint(0, 50, (2, 6)), attention_mask=mask)
+    (layer,) = reader.layers
+    keys = layer.keys.expand_as(layer.entropy)
+    assert keys[1, 0].tolist() == [0, 0, 0, 1, 2, 3]
+    assert (layer.entropy[1, :, :3] == 0).all()
+    assert layer.per_head().isfinite().all()
 
 
 def test_gradient_is_that_of_the_map() -> None:
@@ -169,6 +101,146 @@ def test_gradient_is_that_of_the_map() -> None:
     p = layer.self_attn(x, x, x, need_weights=True, average_attn_weights=False)[1]
     (expected,) = torch.autograd.grad(-(p * p.log()).sum(), weight)
     torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
+
+
+class Checkpointed(nn.Module):
+    """Two attention layers, each recomputed in the backward pass."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        self.layers = nn.ModuleList(DotProduct() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.mode == "none" else checkpoint(layer, x, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+class DotProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_gradient_checkpointing_is_read_once_with_the_right_gradient(attached: bool) -> None:
+    gradients = {}
+    for mode in ("none", "nonreentrant"):
+        torch.manual_seed(0)
+        model = Checkpointed(mode).double().train()
+        x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+        reader = AttentionEntropyReader(model)
+        reader.attach()
+        for _ in range(2 if attached else 1):
+            model.zero_grad()
+            reader.start()
+            out = model(x).square().mean()
+            layers = reader.layers
+            (out + torch.stack([layer.entropy.mean() for layer in layers]).sum()).backward()
+            assert len(reader.layers) == 2  # still recording: what was recomputed is not read again
+            reader.stop()
+        gradients[mode] = [p.grad for p in model.parameters()]
+        reader.detach()
+    for a, b in zip(gradients["none"], gradients["nonreentrant"]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_reentrant_checkpointing_has_values_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    model = Checkpointed("reentrant").train()
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    with AttentionEntropyReader(model) as reader:
+        model(x).sum().backward()
+    assert len(reader.layers) == 2
+    assert not any(layer.entropy.requires_grad for layer in reader.layers)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_checkpointing_of_the_libraries(library: str) -> None:
+    def prepare(on: bool) -> tuple[nn.Module, dict[str, Any]]:
+        name = "vit_tiny_patch16_224" if library == "timm" else "GPT2Model"
+        case = next(c for c, _ in EVERY if c.name == name)
+        model, arguments = case.build(FUSED)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if on and library == "timm":
+            model.set_grad_checkpointing()
+        elif on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model, arguments
+
+    results = []
+    for on in (False, True):
+        model, arguments = prepare(on)
+        with AttentionEntropyReader(model) as reader:
+            out = output_of(model(**arguments))
+            loss = out.square().mean() + torch.stack([layer.per_head().mean() for layer in reader.layers]).mean()
+            loss.backward()
+            assert len(reader.layers) == 2
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "GPT2Model", "TransformerEncoderLayer"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_models_are_read(name: str, grad: bool) -> None:
+    case, mode = next((c, m) for c, m in EVERY if c.name == name)
+    model, arguments = case.build(mode)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        maps = case.maps(copy.deepcopy(model), arguments)
+    compiled(**arguments)  # compiled before anything was attached
+    reader = AttentionEntropyReader(model)
+    reader.attach()
+    for _ in range(3):
+        with torch.set_grad_enabled(grad):
+            reader.start()
+            compiled(**arguments)
+            reader.stop()
+        check_layers(reader, maps, case.source[mode])
+        assert all(layer.entropy.requires_grad == grad for layer in reader.layers)
+    reader.detach()
+    compiled(**arguments)
+
+
+def test_sampled_rows() -> None:
+    case, mode = next((c, m) for c, m in EVERY if c.name == "GPT2Model")
+    for mode in case.modes:
+        model, arguments = case.build(mode)
+        with torch.no_grad(), AttentionEntropyReader(model) as whole:
+            model(**arguments)
+        with torch.no_grad(), AttentionEntropyReader(model, queries=5) as sampled:
+            model(**arguments)
+        rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:5]
+        for a, b in zip(whole.layers, sampled.layers):
+            assert b.rows == a.rows == 12
+            torch.testing.assert_close(b.entropy, a.entropy[..., rows], atol=1e-5, rtol=0)
+            expected = a.normalized()[..., rows]
+            torch.testing.assert_close(b.normalized(), expected, atol=1e-5, rtol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="queries must be at least 1, got 0"):
+        AttentionEntropyReader(model, queries=0)
+
+
+def test_a_deep_copy_is_not_read() -> None:
+    model = Checkpointed("none")
+    reader = AttentionEntropyReader(model)
+    reader.attach()
+    twin = copy.deepcopy(model)
+    reader.start()
+    twin(torch.randn(1, 5, 8))
+    reader.stop()
+    assert {layer.module for layer in reader.layers} <= {""}  # computed outside every module that is watched
+    reader.detach()
 
 
 def test_normalised_by_the_keys_of_each_row() -> None:
