@@ -13,7 +13,7 @@ from lightning_entropy.lazy import lazy_exports
 from lightning_entropy.verbosity import set_verbosity
 
 if TYPE_CHECKING:
-    from lightning_entropy.attention import AttentionEntropyMaximization
+    from lightning_entropy.attention import AttentionEntropyMaximization, AttentionEntropyRegularizer
     from lightning_entropy.data import SlideBags
     from lightning_entropy.recipes import MILClassifier
 
@@ -24,11 +24,12 @@ except PackageNotFoundError:  # a source tree that was put on the path without b
 
 _EXPORTS = {
     "AttentionEntropyMaximization": "attention",
+    "AttentionEntropyRegularizer": "attention",
     "MILClassifier": "recipes",
     "SlideBags": "data",
     **{room: room for room in ("attention", "data", "functional", "observe", "recipes", "training")},
 }
 
-__all__ = ["AttentionEntropyMaximization", "MILClassifier", "SlideBags", "__version__", "set_verbosity"]
+__all__ = ["AttentionEntropyMaximization", "AttentionEntropyRegularizer", "MILClassifier", "SlideBags", "__version__", "set_verbosity"]
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

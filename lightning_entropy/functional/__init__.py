@@ -9,10 +9,12 @@ from lightning_entropy.functional.entropy import (
     entropy_from_logits,
     top_k_entropy_from_logits,
 )
+from lightning_entropy.functional.entropy_penalty import attention_entropy_penalty
 
 __all__ = [
     "aem_loss",
     "attention_entropy",
+    "attention_entropy_penalty",
     "effective_number",
     "effective_number_from_logits",
     "entropy",

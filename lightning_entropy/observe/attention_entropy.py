@@ -22,6 +22,9 @@ from lightning_entropy.observe.interception import (
 )
 from lightning_entropy.observe.records import masked_out
 
+DOT_PRODUCT, MULTI_HEAD, SOFTMAX = "scaled_dot_product_attention", "multi_head_attention", "softmax"
+PROJECTED = "multi_head_attention, projected"
+
 
 @dataclass(frozen=True)
 class LayerEntropy:
@@ -34,6 +37,7 @@ class LayerEntropy:
             are enabled.
         keys: how many keys each query may attend to, broadcastable to ``entropy``.
         rows: how many query rows the attention has; more than ``entropy`` holds where rows were sampled.
+        columns: how many keys there are, allowed or not.
     """
 
     module: str
@@ -41,6 +45,7 @@ class LayerEntropy:
     entropy: Tensor
     keys: Tensor
     rows: int
+    columns: int
 
     def normalized(self) -> Tensor:
         """Entropy divided by the log of the row's allowed keys; NaN for rows with fewer than two."""
@@ -66,10 +71,13 @@ class AttentionRead:
 
     def __call__(self, kind: str, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
         """The entropy of one call; None for one that is no attention between tokens."""
-        if kind == "scaled_dot_product_attention":
+        if kind == DOT_PRODUCT:
             return self._of_dot_product(site, args, kwargs)
-        if kind == "multi_head_attention":
+        if kind == MULTI_HEAD:
             return self._of_multi_head(site, args, kwargs)
+        if kind == PROJECTED:
+            query, key, mask = args
+            return self._entry(site, MULTI_HEAD, query, key, mask, False)
         return self._of_softmax(site, args, kwargs)
 
     def _as_bool(self, mask: Tensor) -> Tensor:
@@ -102,13 +110,13 @@ class AttentionRead:
                 mask, is_causal = torch.arange(key.shape[-2], device=query.device) <= chosen[:, None], False
         h = attention_entropy(query, key, mask, is_causal, **options)
         assert isinstance(h, Tensor)
-        return LayerEntropy(site, source, h, _keys(query, key, mask, is_causal), rows)
+        return LayerEntropy(site, source, h, _keys(query, key, mask, is_causal), rows, key.shape[-2])
 
     def _of_dot_product(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy:
         given = sdpa_arguments(args, kwargs)
         return self._entry(
             site,
-            "scaled_dot_product_attention",
+            DOT_PRODUCT,
             given["query"],
             given["key"],
             given.get("attn_mask"),
@@ -127,32 +135,41 @@ class AttentionRead:
             logits = logits.index_select(-2, chosen.to(logits.device))
         out = masked_out(logits.detach())
         h = entropy_from_logits(logits.masked_fill(out, -torch.inf))
-        return LayerEntropy(site, "softmax", h, (~out).sum(-1).float(), rows)
+        return LayerEntropy(site, SOFTMAX, h, (~out).sum(-1).float(), rows, logits.shape[-1])
 
     def _of_multi_head(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
-        given = multi_head_arguments(args, kwargs)
-        if given.get("bias_k") is not None or given.get("add_zero_attn") or given.get("static_k") is not None:
-            return None  # keys that are no tokens
-        query, key, heads = given["query"], given["key"], given["num_heads"]
-        padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
-        if query.dim() == 2:
-            query, key = query.unsqueeze(1), key.unsqueeze(1)
-            padding = None if padding is None else padding.unsqueeze(0)
-        width, batch = query.shape[-1], query.shape[1]
-        if given.get("use_separate_proj_weight"):
-            w_q, w_k = given["q_proj_weight"], given["k_proj_weight"]
-        else:
-            w_q, w_k = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
-        bias = given.get("in_proj_bias")
-        b_q, b_k = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+        projected = project_multi_head(args, kwargs)
+        return None if projected is None else self._entry(site, MULTI_HEAD, *projected, False)
 
-        def split(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
-            return F.linear(x, weight, b).view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3)
 
+def project_multi_head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Query, key and mask inside ``multi_head_attention_forward``; None where it adds keys that are no tokens."""
+    given = multi_head_arguments(args, kwargs)
+    if given.get("bias_k") is not None or given.get("add_zero_attn") or given.get("static_k") is not None:
+        return None
+    query, key, heads = given["query"], given["key"], given["num_heads"]
+    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+    if query.dim() == 2:
+        query, key = query.unsqueeze(1), key.unsqueeze(1)
+        padding = None if padding is None else padding.unsqueeze(0)
+    width, batch = query.shape[-1], query.shape[1]
+    if given.get("use_separate_proj_weight"):
+        w_q, w_k = given["q_proj_weight"], given["k_proj_weight"]
+    else:
+        w_q, w_k = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
+    bias = given.get("in_proj_bias")
+    b_q, b_k = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+
+    def split(x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
+        to = torch.promote_types(x.dtype, weight.dtype)
+        y = F.linear(x.to(to), weight.to(to), None if b is None else b.to(to))
+        return y.view(x.shape[0], batch, heads, width // heads).permute(1, 2, 0, 3)
+
+    with torch.autocast(query.device.type, enabled=False):
         q, k = split(query, w_q, b_q), split(key, w_k, b_k)
-        if mask is not None and mask.dim() == 3:
-            mask = mask.view(batch, heads, *mask.shape[-2:])
-        return self._entry(site, "multi_head_attention", q, k, _joint_mask(mask, padding, q), False)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.view(batch, heads, *mask.shape[-2:])
+    return q, k, _joint_mask(mask, padding, q)
 
 
 def _keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -179,4 +196,4 @@ def _joint_mask(mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Te
     return added[0] if len(added) == 1 else added[0] + added[1]
 
 
-__all__ = ["AttentionRead", "LayerEntropy"]
+__all__ = ["DOT_PRODUCT", "MULTI_HEAD", "PROJECTED", "SOFTMAX", "AttentionRead", "LayerEntropy", "project_multi_head"]

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_entropy.observe.attention_entropy import AttentionRead, LayerEntropy
+from lightning_entropy.observe import attention_entropy as kinds
+from lightning_entropy.observe.attention_entropy import AttentionRead, LayerEntropy, project_multi_head
 from lightning_entropy.observe.interception import MHA, SDPA, SOFTMAX, Handles
 from lightning_entropy.observe.selection import as_patterns, match_modules
 
 _KINDS: dict[Any, str] = {
-    SDPA: "scaled_dot_product_attention",
-    MHA: "multi_head_attention",
-    **dict.fromkeys(SOFTMAX, "softmax"),
+    SDPA: kinds.DOT_PRODUCT,
+    MHA: kinds.MULTI_HEAD,
+    **dict.fromkeys(SOFTMAX, kinds.SOFTMAX),
 }
 
 
@@ -49,6 +50,13 @@ class _Watch(TorchFunctionMode):
             if self.site is None or self.site == running:  # of nested watches the innermost notes
                 self.note(_KINDS[func], running, args, kwargs)
         return out
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP keeps the module's parameters in pieces between its forwards."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in module.modules()):
+        return True
+    return any(type(p).__name__ == "DTensor" for p in module.parameters())
 
 
 class AttentionEntropyReader:
@@ -109,7 +117,7 @@ class AttentionEntropyReader:
         self._handles = Handles()
         self._attached = False
         self._whole = True
-        self._compiled = False
+        self._compiled = self._sharded = False
 
     def _wanted(self, site: str) -> bool:
         if self._roots is None:
@@ -126,15 +134,20 @@ class AttentionEntropyReader:
             return
         if torch._C._current_graph_task_id() != -1:
             return  # a backward pass recomputes a checkpointed forward
+        if self._sharded and kind == kinds.MULTI_HEAD:  # its weights are gone when the forward is over
+            projected = project_multi_head(args, kwargs)
+            if projected is None:
+                return
+            kind, args, kwargs = kinds.PROJECTED, projected, {}
         self._noted.append(_Noted(kind, site, args, kwargs, grad))
         if not grad:
             self._realize()
 
     def _realize(self) -> None:
         noted, self._noted[:] = list(self._noted), []
-        for *call, grad in noted:
-            with torch.set_grad_enabled(grad):
-                entry = self._read(*call)
+        for call in noted:
+            with torch.set_grad_enabled(call.grad):
+                entry = self._read(call.kind, call.site, call.args, call.kwargs)
             if entry is not None:
                 self._layers.append(entry)
 
@@ -156,6 +169,7 @@ class AttentionEntropyReader:
         if self._attached:
             return
         self._attached = self._whole = True
+        self._sharded = is_sharded(self.module)
         for name, module in self.module.named_modules():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:

@@ -1,6 +1,7 @@
 """How a method joins a Trainer: the one import of Lightning, loss terms, weight schedules, figures, files."""
 
+from lightning_entropy.training.entropy_term import AttentionEntropyTerm
 from lightning_entropy.training.loss_term import AttentionLossTerm, LossTerm
 from lightning_entropy.training.schedule import WeightSchedule
 
-__all__ = ["AttentionLossTerm", "LossTerm", "WeightSchedule"]
+__all__ = ["AttentionEntropyTerm", "AttentionLossTerm", "LossTerm", "WeightSchedule"]

@@ -14,8 +14,8 @@ from lightning_entropy import AttentionEntropyMaximization
 from lightning_entropy.observe import AttentionReader, AttentionRecord
 from lightning_entropy.training import WeightSchedule
 from lightning_entropy.training.lightning import MisconfigurationException
-from tests.cases import BagClassifier, bags
 from tests.suite.running import first_gradients, loader, trainer
+from tests.user_modules import BagClassifier, bags
 
 torchmil_models = pytest.importorskip("torchmil.models")
 WEIGHT = 0.3
@@ -413,7 +413,7 @@ def test_late_built_models(tmp_path: Path) -> None:
             del self.pool
 
         def build(self, hook: str) -> None:
-            from tests.cases import BagPool
+            from tests.user_modules import BagPool
 
             if hook == self.hook and not hasattr(self, "pool"):
                 self.pool = BagPool(self.width)

@@ -173,7 +173,14 @@ def _transformers(name: str) -> Callable[[str], tuple[nn.Module, dict[str, Any]]
             return t.LlamaModel(config).eval(), {"input_ids": ids}
         if name == "T5Model":
             config = t.T5Config(
-                vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **common
+                vocab_size=50,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=0,
+                **common,
             )
             inputs = {"input_ids": ids, "attention_mask": padded, "decoder_input_ids": ids[:, :5]}
             return t.T5Model(config).eval(), inputs

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_entropy.observe import AttentionReader, AttentionRecord, read_attention
 from lightning_entropy.observe.selection import instance_counts
-from tests.cases import BagPool
+from tests.user_modules import BagPool
 
 
 class Net(nn.Module):

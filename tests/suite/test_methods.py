@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from tests.cases import CASES, Case
 from tests.suite.running import first_gradients, loader, same, traces, trainer, weights
+from tests.user_modules import TokenClassifier
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
@@ -314,10 +315,11 @@ PAIRS = [(a, b) for i, a in enumerate(CASES) for b in CASES[i + 1 :]]
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a.name}+{b.name}" for a, b in PAIRS])
 def test_pairs(first: Case, second: Case, tmp_path: Path) -> None:
+    module = first.module() if first.module is second.module else TokenClassifier()  # has what every method reads
     reason = first.incompatible_with.get(second.name) or second.incompatible_with.get(first.name)
     if reason:
         with pytest.raises(Exception, match=reason):
-            fit(first, [first.build(), second.build()], tmp_path)
+            fit(first, [first.build(), second.build()], tmp_path, module=module)
     else:
-        module, _ = fit(first, [first.build(), second.build()], tmp_path)
+        module, _ = fit(first, [first.build(), second.build()], tmp_path, module=module)
         assert all(torch.isfinite(v).all() for v in weights(module).values())

@@ -11,8 +11,8 @@ from lightning_entropy import AttentionEntropyMaximization
 from lightning_entropy.training import AttentionLossTerm, LossTerm, WeightSchedule
 from lightning_entropy.training.backward import _saves_its_result, check_supported
 from lightning_entropy.training.lightning import MisconfigurationException
-from tests.cases import BagClassifier, bags
 from tests.suite.running import first_gradients, loader, trainer
+from tests.user_modules import BagClassifier, bags
 
 
 def test_base_classes_cannot_be_made() -> None:
