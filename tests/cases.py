@@ -18,6 +18,10 @@ class Case:
 
     ``without_target`` is a module in which the method finds nothing; ``error`` is part of what it says then.
     ``incompatible_with`` maps another case's name to the reason for which the two refuse each other.
+    ``weighted``: has a weight and a schedule, and trains bitwise as without it at weight 0.
+    ``only_watches``: trains bitwise as without it, always.
+    ``undo``: what takes a surgery back; a method without one leaves nothing behind by itself.
+    ``sharded``: what FSDP2 is refused with; None where it works.
     """
 
     name: str
@@ -30,9 +34,17 @@ class Case:
     error: str = "found no attention"
     second: dict[str, Any] = field(default_factory=dict)
     incompatible_with: dict[str, str] = field(default_factory=dict)
+    weighted: bool = True
+    only_watches: bool = False
+    undo: Callable[[Any], None] | None = None
+    sharded: str | None = None
 
     def build(self, **changes: Any) -> Any:
         return self.make(**{**self.arguments, **changes})
+
+    def steady(self) -> Any:
+        """Built with a weight that does not change over the run."""
+        return self.build(schedule="constant") if self.weighted else self.build()
 
 
 CASES = [
