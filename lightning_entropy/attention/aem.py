@@ -22,7 +22,7 @@ from lightning_entropy.functional import aem_loss, entropy_from_logits
 from lightning_entropy.observe import AttentionRecord
 from lightning_entropy.observe.reader import AttentionFunction
 from lightning_entropy.training.lightning import rank_zero_warn
-from lightning_entropy.training.loss_term import AttentionLossTerm
+from lightning_entropy.training.reader_term import AttentionLossTerm
 from lightning_entropy.training.schedule import WeightSchedule
 
 _COLLAPSED = 1.05  # effective number of instances under which AEM's gradient is as good as gone

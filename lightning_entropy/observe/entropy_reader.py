@@ -117,7 +117,7 @@ class AttentionEntropyReader:
         self._handles = Handles()
         self._attached = False
         self._whole = True
-        self._compiled = self._sharded = False
+        self._compiled = self._sharded = self._reading = False
 
     def _wanted(self, site: str) -> bool:
         if self._roots is None:
@@ -125,7 +125,7 @@ class AttentionEntropyReader:
         return any(site == root or not root or site.startswith(f"{root}.") for root in self._roots)
 
     def _note(self, kind: str, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._wanted(site):
+        if self._reading or not self._wanted(site):
             return
         grad = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
@@ -145,11 +145,15 @@ class AttentionEntropyReader:
 
     def _realize(self) -> None:
         noted, self._noted[:] = list(self._noted), []
-        for call in noted:
-            with torch.set_grad_enabled(call.grad):
-                entry = self._read(call.kind, call.site, call.args, call.kwargs)
-            if entry is not None:
-                self._layers.append(entry)
+        self._reading = True  # what the reading itself computes is not the module's
+        try:
+            for call in noted:
+                with torch.set_grad_enabled(call.grad):
+                    entry = self._read(call.kind, call.site, call.args, call.kwargs)
+                if entry is not None:
+                    self._layers.append(entry)
+        finally:
+            self._reading = False
 
     @property
     def layers(self) -> list[LayerEntropy]:
@@ -214,8 +218,8 @@ class AttentionEntropyReader:
             self._handles.before(module, enter)
             self._handles.after(module, leave)
 
-    def start(self) -> None:
-        """Forget what was read, and read from here on."""
+    def start(self, batch: Any = None) -> None:
+        """Forget what was read, and read from here on. The batch is not looked at."""
         self.stop()
         self.clear()
         self.recording = True

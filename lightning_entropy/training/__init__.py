@@ -1,7 +1,8 @@
 """How a method joins a Trainer: the one import of Lightning, loss terms, weight schedules, figures, files."""
 
 from lightning_entropy.training.entropy_term import AttentionEntropyTerm
-from lightning_entropy.training.loss_term import AttentionLossTerm, LossTerm
+from lightning_entropy.training.loss_term import LossTerm
+from lightning_entropy.training.reader_term import AttentionLossTerm
 from lightning_entropy.training.schedule import WeightSchedule
 
 __all__ = ["AttentionEntropyTerm", "AttentionLossTerm", "LossTerm", "WeightSchedule"]

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_entropy.observe import AttentionEntropyReader, LayerEntropy
 from lightning_entropy.observe.selection import as_patterns
-from lightning_entropy.training.lightning import LightningModule, MisconfigurationException
-from lightning_entropy.training.loss_term import LossTerm
+from lightning_entropy.training.lightning import LightningModule
+from lightning_entropy.training.reader_term import ReaderTerm
 from lightning_entropy.training.schedule import WeightSchedule
 from lightning_entropy.verbosity import announce
 
 
-class AttentionEntropyTerm(LossTerm):
+class AttentionEntropyTerm(ReaderTerm):
     """A loss term on the entropy of every attention between tokens that the module computes.
 
     Args:
-        weight: see :class:`LossTerm`.
-        schedule: see :class:`LossTerm`.
-        end_weight: see :class:`LossTerm`.
+        weight: see :class:`lightning_entropy.training.LossTerm`.
+        schedule: see :class:`lightning_entropy.training.LossTerm`.
+        end_weight: see :class:`lightning_entropy.training.LossTerm`.
         modules: shell patterns over dotted names of the modules whose attention is read; None reads all.
         queries: how many query rows of each attention are read (see
             :class:`lightning_entropy.observe.AttentionEntropyReader`); None reads all.
@@ -43,7 +42,6 @@ class AttentionEntropyTerm(LossTerm):
             raise ValueError(f"queries must be at least 1, got {queries}")
         self.modules = modules
         self.queries = queries
-        self.reader: AttentionEntropyReader | None = None
         self._layers: list[LayerEntropy] = []
         self._frozen: set[str] = set()
 
@@ -60,50 +58,24 @@ class AttentionEntropyTerm(LossTerm):
         """Distinct for instances that read different modules."""
         return self._generate_state_key(modules=self.modules)
 
-    def attach(self, module: LightningModule) -> None:
-        """Install the reader."""
+    def make_reader(self, module: LightningModule) -> AttentionEntropyReader:
+        """A reader of attention between tokens."""
         self._frozen = set()
-        self.reader = AttentionEntropyReader(module, self.modules, queries=self.queries, owner=self.name)
-        self.reader.attach()
-
-    def detach(self) -> None:
-        """Remove the reader."""
-        self.forget()
-        if self.reader is not None:
-            self.reader.detach()
-            self.reader = None
-
-    def begin(self, batch: Any) -> None:
-        """Read attention."""
-        self._layers = []
-        if self.reader is not None:
-            self.reader.start()
-
-    def end(self) -> None:
-        """Read no further."""
-        if self.reader is not None:
-            self.reader.stop()
-
-    def has_read(self) -> bool:
-        """Whether attention was read."""
-        return self.reader is not None and self.reader.has_read
+        return AttentionEntropyReader(module, self.modules, queries=self.queries, owner=self.name)
 
     def forget(self) -> None:
         """Drop what was read."""
         self._layers = []
-        if self.reader is not None:
-            self.reader.clear()
+        super().forget()
 
     @torch.no_grad()
     def quantities(self) -> dict[str, Tensor | float]:
         """What to log of the step."""
         return self.entropy_quantities(_by_module(self._layers))
 
-    def term(self) -> Tensor | None:
+    def term_of_step(self) -> Tensor | None:
         """Collect the step's entropies and hand them to :meth:`entropy_term`."""
-        assert self.reader is not None
-        if self._said and not self.reader.has_read:
-            return None  # a further backward pass of a step without a forward of its own
+        assert isinstance(self.reader, AttentionEntropyReader)
         layers = self.reader.layers
         if not layers:
             raise self.reader.nothing_read()
@@ -120,12 +92,7 @@ class AttentionEntropyTerm(LossTerm):
         broken = [n for n in dead if any(p.requires_grad for p in module.get_submodule(n).parameters())]
         alive = [layer for layer in layers if layer.entropy.requires_grad]
         if broken or not alive:
-            places = ", ".join(sorted(broken or dead)) or type(module).__name__
-            raise MisconfigurationException(
-                f"{self.name}: the attention of {places} carries no gradient. It is frozen, runs under "
-                "torch.no_grad(), or under reentrant gradient checkpointing (use_reentrant=False works). Name "
-                "trainable modules with modules=."
-            )
+            raise self.no_gradient(sorted(broken or dead) or [type(module).__name__])
         new = dead - self._frozen
         if new:
             self._frozen |= new
