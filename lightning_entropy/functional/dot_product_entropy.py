@@ -4,28 +4,33 @@ For a query row with logits :math:`s_j = c\, q \cdot k_j`, probabilities *p* and
 
 .. math:: H = \ell - \sum_j p_j s_j, \qquad \partial H / \partial s_j = -p_j (\log p_j + H)
 
-Three ways to compute it, which agree:
+Five ways to compute it, which agree:
 
 - ``two_call``: :math:`\sum_j p_j s_j = c\, q \cdot \sum_j p_j k_j` is an attention output with the keys as values. With
   ``pk = sdpa(q, k, k.detach())`` the number ``lse.detach() - c * (q.detach() * pk).sum(-1)`` has the exact value *and*
   the exact gradient, since what is detached cancels. It holds where the logits are bilinear in query and key.
+- ``triton``: a fused kernel on a GPU that reads no values; soft-capped logits too, no additive bias
+  (:mod:`lightning_entropy.functional.triton` has the one that returns the attention output in the same pass).
 - ``blockwise``: online softmax over blocks of keys with a backward that recomputes them; O(N) memory, for additive
   biases and soft-capped logits too.
+- ``few_rows``: the map of these rows, saved once; the cheapest where there are no more of them than a head is wide.
 - ``dense``: the map itself, N x N; the definition, for tests and small N.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_entropy.functional import triton as triton_kernels
+from lightning_entropy.functional.blockwise_entropy import BlockwiseEntropy, logits_block, wide
 from lightning_entropy.functional.entropy import entropy_from_logits
+from lightning_entropy.functional.few_rows_entropy import FewRowsEntropy
+from lightning_entropy.functional.two_call_entropy import two_call_entropy
 
-BACKENDS = ("auto", "two_call", "blockwise", "dense")
-_BLOCK = 256  # keys at a time; a block of logits is (batch, heads, queries, _BLOCK)
+BACKENDS = ("auto", "two_call", "triton", "blockwise", "few_rows", "dense")
 
 
 class AttentionEntropy(NamedTuple):
@@ -66,9 +71,11 @@ def attention_entropy(
         queries: compute this many query rows only, drawn without replacement, the same for every head. Their mean is an
             unbiased estimate of the mean over all rows; :func:`sampled_mean` gives it with its standard error.
         generator: of the draw of ``queries``; None takes one seeded with 0, so that no global random state is used.
-        backend: ``"two_call"``, ``"blockwise"``, ``"dense"``, or ``"auto"``: two calls where the logits are bilinear
-            (no bias, no soft-capping), blocks otherwise.
-        return_lse: return the log-sum-exp too. It is differentiable with ``blockwise`` and ``dense``.
+        backend: one of the five by name, or ``"auto"``: the kernel on a GPU that has it; else, where the logits are
+            bilinear (no bias, no soft-capping), ``few_rows`` for up to as many rows as a head is wide and two calls for
+            more; else blocks.
+        return_lse: return the log-sum-exp too. It is differentiable with ``triton``, ``blockwise`` and ``dense``;
+            ``few_rows`` does not have it.
 
     Returns:
         ``(..., heads, queries)`` in float32 or wider, in the order of the rows; 0 for a query without any
@@ -93,36 +100,82 @@ def attention_entropy(
         raise ValueError(f"logit_softcap must be positive, got {logit_softcap}")
     if is_causal and attn_mask is not None:
         raise ValueError("is_causal and attn_mask exclude each other, as in scaled_dot_product_attention")
-    bilinear = logit_softcap is None and (attn_mask is None or attn_mask.dtype == torch.bool)
-    if backend == "two_call" and not bilinear:
-        raise ValueError("two_call needs logits that are bilinear in query and key: no additive mask, no softcap")
-    chosen = ("two_call" if bilinear else "blockwise") if backend == "auto" else backend
+    if backend in ("two_call", "few_rows") and not _bilinear(attn_mask, logit_softcap):
+        raise ValueError(f"{backend} needs logits that are bilinear in query and key: no additive mask, no softcap")
+    if backend == "few_rows" and return_lse:
+        raise ValueError('few_rows has no log-sum-exp to return: use backend="two_call", "blockwise" or "dense"')
+    if enable_gqa and query.shape[-3] % key.shape[-3]:
+        raise ValueError(f"{query.shape[-3]} query heads cannot share {key.shape[-3]} key heads")
     rows = None
     if queries is not None:
         if not 1 <= queries <= query.shape[-2]:
             raise ValueError(f"queries must be between 1 and {query.shape[-2]} query rows, got {queries}")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         rows = torch.randperm(query.shape[-2], generator=generator)[:queries].sort().values.to(query.device)
-        query = query.index_select(-2, rows)
         if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1:
             attn_mask = attn_mask.index_select(-2, rows)
         if is_causal:
             attn_mask = torch.arange(key.shape[-2], device=query.device) <= rows[:, None]
             is_causal = False
+    if backend == "auto":
+        backend = _fastest(query, key, attn_mask, logit_softcap, queries, return_lse)
     c = query.shape[-1] ** -0.5 if scale is None else scale
+    h: Tensor
+    lse: Tensor | None = None
     with torch.autocast(query.device.type, enabled=False):
+        if rows is not None and backend != "few_rows":
+            query = query.index_select(-2, rows)
+        if backend == "triton":
+            h, lse = triton_kernels.entropy_and_lse(
+                query,
+                key,
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                scale=c,
+                enable_gqa=enable_gqa,
+                logit_softcap=logit_softcap,
+            )
+            return AttentionEntropy(h, lse) if return_lse else h
         if enable_gqa:
-            if query.shape[-3] % key.shape[-3]:
-                raise ValueError(f"{query.shape[-3]} query heads cannot share {key.shape[-3]} key heads")
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-        if chosen == "two_call":
-            h, lse = _two_call(query, key, attn_mask, is_causal, c)
-        elif chosen == "blockwise":
-            h, lse = _Blockwise.apply(query, key, attn_mask, is_causal, c, logit_softcap)
+        if backend == "few_rows":
+            if is_causal:
+                attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            h = FewRowsEntropy.apply(query, key, rows, attn_mask, c)
+        elif backend == "two_call":
+            h, lse = two_call_entropy(query, key, attn_mask, is_causal, c, with_lse=return_lse)
+        elif backend == "blockwise":
+            h, lse = BlockwiseEntropy.apply(query, key, attn_mask, is_causal, c, logit_softcap)
         else:
-            s = _logits(_wide(query), _wide(key), attn_mask, is_causal, c, logit_softcap, 0, key.shape[-2])[0]
+            s = logits_block(wide(query), wide(key), attn_mask, is_causal, c, logit_softcap, 0, key.shape[-2])[0]
             h, lse = entropy_from_logits(s), s.logsumexp(-1)
-    return AttentionEntropy(h, lse) if return_lse else h
+    if not return_lse:
+        return h
+    assert lse is not None  # refused above where there is none
+    return AttentionEntropy(h, lse)
+
+
+def _bilinear(attn_mask: Tensor | None, logit_softcap: float | None) -> bool:
+    return logit_softcap is None and (attn_mask is None or attn_mask.dtype == torch.bool)
+
+
+def _fastest(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    logit_softcap: float | None,
+    queries: int | None,
+    return_lse: bool,
+) -> str:
+    """The backend that ``auto`` stands for."""
+    kernel = query.device.type == "cuda" and triton_kernels.available()
+    if kernel and triton_kernels.refusal(query, key, attn_mask=attn_mask) is None:
+        return "triton"
+    if not _bilinear(attn_mask, logit_softcap):
+        return "blockwise"
+    rows = query.shape[-2] if queries is None else queries
+    # then the map of these rows is no larger than the keys
+    return "few_rows" if rows <= query.shape[-1] and not return_lse else "two_call"
 
 
 def sampled_mean(entropy: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -148,142 +201,3 @@ def sampled_mean(entropy: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"a sample of {n} rows cannot come from {rows}")
     variance = entropy.detach().var(-1) if n > 1 else torch.full_like(entropy[..., 0].detach(), torch.nan)
     return entropy.mean(-1), (variance / n * (1 - n / rows)).clamp(min=0).sqrt()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _two_call(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """One more attention call, with the keys as values. Entropy does not change when all keys move by one vector, and
-    keys with mean 0 keep log-sum-exp and mean logit small, so that their difference loses fewer digits.
-    """
-    centred = key - key.detach().mean(-2, keepdim=True)
-    pk, lse = _flash_with_lse(query, centred, mask, is_causal, scale)
-    allowed = lse > -torch.inf
-    mean_logit = scale * (_wide(query.detach()) * torch.where(allowed[..., None], _wide(pk), 0.0)).sum(-1)
-    return torch.where(allowed, (lse - mean_logit).clamp(min=0), 0.0), lse
-
-
-def _flash_with_lse(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention with the (constant) keys as values, and the log-sum-exp, from one call where a kernel gives both."""
-    values = key.detach()
-    float_mask = None
-    if mask is not None:
-        float_mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
-    if query.device.type == "cpu" and query.dim() == 4:
-        pk, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, values, 0.0, is_causal, attn_mask=float_mask, scale=scale
-        )
-        return pk, _wide(lse)
-    with torch.no_grad():
-        lse = _Blockwise.apply(query.detach(), values, mask, is_causal, scale, None)[1]
-    pk = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, is_causal=is_causal, scale=scale)
-    return pk, lse
-
-
-def _logits(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    softcap: float | None,
-    start: int,
-    stop: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of one block of keys, and the derivative of the soft-capping."""
-    s = q @ k[..., start:stop, :].transpose(-2, -1) * scale
-    slope = None
-    if softcap is not None:
-        t = (s / softcap).tanh()
-        s, slope = t * softcap, 1 - t * t
-    if is_causal:
-        rows = torch.arange(q.shape[-2], device=q.device)[:, None]
-        columns = torch.arange(start, stop, device=q.device)
-        s = s.masked_fill(columns > rows, -torch.inf)
-    if mask is not None:
-        part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
-        s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
-    return s, slope
-
-
-class _Blockwise(torch.autograd.Function):
-    """Entropy and log-sum-exp by online softmax; saves no map and computes the blocks again in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        q, k = _wide(query), _wide(key)
-        top: Tensor | None = None
-        total = moment = q.new_zeros(())
-        for start in range(0, k.shape[-2], _BLOCK):
-            stop = min(start + _BLOCK, k.shape[-2])
-            s, _ = _logits(q, k, mask, is_causal, scale, softcap, start, stop)
-            new = s.amax(-1)
-            new = new if top is None else torch.maximum(top, new)
-            base = torch.where(new > -torch.inf, new, 0.0)
-            z = s - base[..., None]
-            p = z.exp()
-            z = torch.where(p > 0, z, 0.0)
-            block_total, block_moment = p.sum(-1), (p * z).sum(-1)
-            if top is None:
-                total, moment = block_total, block_moment
-            else:
-                step = torch.where(top > -torch.inf, top - base, 0.0)
-                decay = torch.where(top > -torch.inf, step.exp(), 0.0)
-                moment = decay * (moment + step * total) + block_moment
-                total = decay * total + block_total
-            top = new
-        if top is None:
-            raise ValueError("attention needs at least one key, got none")
-        allowed = total > 0
-        safe = torch.where(allowed, total, 1.0)
-        h = (safe.log() - moment / safe).clamp(min=0)
-        lse = torch.where(allowed, top + safe.log(), -torch.inf)
-        ctx.save_for_backward(query, key, mask, h, lse)
-        ctx.options = (is_causal, scale, softcap)
-        return h, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, mask, h, lse = ctx.saved_tensors
-        is_causal, scale, softcap = ctx.options
-        grad_h, grad_lse = grads
-        q, k = _wide(query), _wide(key)
-        dq, dk = torch.zeros_like(q), torch.zeros_like(k)
-        wants_bias = mask is not None and ctx.needs_input_grad[2]
-        db = torch.zeros_like(mask, dtype=q.dtype) if wants_bias else None
-        base = torch.where(lse > -torch.inf, lse, 0.0)[..., None]
-        for start in range(0, k.shape[-2], _BLOCK):
-            stop = min(start + _BLOCK, k.shape[-2])
-            s, slope = _logits(q, k, mask, is_causal, scale, softcap, start, stop)
-            log_p = torch.where(s > -torch.inf, s - base, 0.0)
-            p = torch.where(s > -torch.inf, log_p.exp(), 0.0)
-            ds = torch.zeros_like(p)
-            if grad_h is not None:
-                ds -= grad_h[..., None] * p * (log_p + h[..., None])
-            if grad_lse is not None:
-                ds += grad_lse[..., None] * p
-            if db is not None:
-                _add_summed(db, ds, start, stop)
-            if slope is not None:
-                ds = ds * slope
-            dq += scale * (ds @ k[..., start:stop, :])
-            dk[..., start:stop, :] += (scale * (ds.transpose(-2, -1) @ q)).sum_to_size(dk[..., start:stop, :].shape)
-        return dq.to(query.dtype), dk.to(key.dtype), None if db is None else db.to(mask.dtype), None, None, None
-
-
-def _add_summed(total: Tensor, block: Tensor, start: int, stop: int) -> None:
-    """Add a block's gradient to that of a bias which was broadcast."""
-    target = total if total.shape[-1] == 1 else total[..., start:stop]
-    target += block.sum_to_size(target.shape)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_entropy.observe import attention_entropy as kinds
 from lightning_entropy.observe.attention_entropy import AttentionRead, LayerEntropy, project_multi_head
-from lightning_entropy.observe.interception import MHA, SDPA, SOFTMAX, Handles
+from lightning_entropy.observe.interception import MHA, SDPA, SOFTMAX, Handles, keep_padded
 from lightning_entropy.observe.selection import as_patterns, match_modules
 
 _KINDS: dict[Any, str] = {
@@ -174,6 +174,7 @@ class AttentionEntropyReader:
             return
         self._attached = self._whole = True
         self._sharded = is_sharded(self.module)
+        keep_padded(self._handles, self.module, lambda: self.recording)
         for name, module in self.module.named_modules():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
@@ -197,6 +198,7 @@ class AttentionEntropyReader:
             return  # compiled code holds no mode; what makes it read is that one is entered where it is called
         self._handles.remove()
         self._whole = False
+        keep_padded(self._handles, self.module, lambda: self.recording)
         classes = tuple({type(self.module.get_submodule(site)) for site in sites})
         for name, module in self.module.named_modules():
             if not isinstance(module, classes) or not self._wanted(name):

@@ -258,3 +258,25 @@ class Handles:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def keep_padded(handles: Handles, root: nn.Module, recording: Callable[[], bool]) -> None:
+    """Have ``nn.TransformerEncoder`` keep padded batches padded while something is recorded.
+
+    In evaluation it packs them into nested tensors for a fused layer, which a torch function mode switches off; what is
+    left of the layer cannot take them. Only outputs at padded positions differ (the packed form gives zeros there).
+    """
+    for encoder in [m for m in root.modules() if isinstance(m, nn.TransformerEncoder)]:
+        packed: list[bool] = []
+
+        def enter(module: Any, args: Any, kwargs: Any, packed: list[bool] = packed) -> None:
+            if recording() and module.use_nested_tensor:
+                packed.append(True)
+                module.use_nested_tensor = False
+
+        def leave(module: Any, args: Any, output: Any, packed: list[bool] = packed) -> None:
+            if packed:
+                module.use_nested_tensor = packed.pop()
+
+        handles.before(encoder, enter)
+        handles.after(encoder, leave)

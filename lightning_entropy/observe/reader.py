@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.observe.interception import Call, Handles, Interceptor
+from lightning_entropy.observe.interception import Call, Handles, Interceptor, keep_padded
 from lightning_entropy.observe.records import AttentionRecord
 from lightning_entropy.observe.selection import Site, as_patterns, choose, instance_counts, match_modules
 
@@ -76,6 +76,7 @@ class AttentionReader:
             return
         self._attached = True
         self.sites = None
+        keep_padded(self._handles, self.module, lambda: self.recording)
         names = dict(self.module.named_modules())
         if self.function is not None:
             names = {name: m for name, m in names.items() if "." not in name}
@@ -110,6 +111,7 @@ class AttentionReader:
         if any(not site.module for site in sites):
             return
         self._handles.remove()
+        keep_padded(self._handles, self.module, lambda: self.recording)
         for name in dict.fromkeys(site.module for site in sites):
             mode = Interceptor(self._calls, site=name)
 

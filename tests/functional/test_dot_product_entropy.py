@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from lightning_entropy.functional import attention_entropy, sampled_mean
+from lightning_entropy.functional import attention_entropy, dot_product_entropy, sampled_mean
 
 
 def oracle(
@@ -85,7 +85,7 @@ def test_value_and_gradient_equal_the_map(problem: dict[str, Any]) -> None:
     expected_grads = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True)
     backends = ["dense", "blockwise"]
     if not differentiable and problem["softcap"] is None:
-        backends.append("two_call")
+        backends += ["two_call", "few_rows"]
     for backend in [*backends, "auto"]:
         got = attention_entropy(
             *leaves[:2],
@@ -117,7 +117,7 @@ def test_gradcheck_of_the_blockwise_backward(softcap: float | None) -> None:
     assert gradcheck(both, (q, k, bias))
 
 
-@pytest.mark.parametrize("backend", ["two_call", "blockwise", "dense"])
+@pytest.mark.parametrize("backend", ["two_call", "blockwise", "few_rows", "dense"])
 def test_many_blocks_and_closed_forms(backend: str) -> None:
     n = 700  # three blocks of keys
     uniform = attention_entropy(torch.zeros(1, 1, 2, 4).double(), torch.randn(1, 1, n, 4).double(), backend=backend)
@@ -130,7 +130,7 @@ def test_many_blocks_and_closed_forms(backend: str) -> None:
     assert one.item() == pytest.approx(math.log(z) - length * math.exp(length) / z, rel=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["two_call", "blockwise", "dense"])
+@pytest.mark.parametrize("backend", ["two_call", "blockwise", "few_rows", "dense"])
 def test_moving_all_keys_changes_nothing_and_sharpening_lowers(backend: str) -> None:
     q, k = torch.randn(1, 2, 6, 8).double(), torch.randn(1, 2, 30, 8).double()
     h = attention_entropy(q, k, backend=backend)
@@ -138,7 +138,7 @@ def test_moving_all_keys_changes_nothing_and_sharpening_lowers(backend: str) -> 
     assert (attention_entropy(q, k, scale=0.8, backend=backend) < h).all()
 
 
-@pytest.mark.parametrize("backend", ["two_call", "blockwise", "dense"])
+@pytest.mark.parametrize("backend", ["two_call", "blockwise", "few_rows", "dense"])
 def test_a_query_without_keys_gives_zero_and_no_gradient(backend: str) -> None:
     q = torch.randn(1, 1, 3, 4, requires_grad=True)
     k = torch.randn(1, 1, 5, 4, requires_grad=True)
@@ -155,8 +155,10 @@ def test_a_query_without_keys_gives_zero_and_no_gradient(backend: str) -> None:
 @pytest.mark.parametrize(("dtype", "backend", "limit"), [
     (torch.float32, "two_call", 1e-5),
     (torch.float32, "blockwise", 1e-5),
+    (torch.float32, "few_rows", 1e-5),
     (torch.bfloat16, "two_call", 0.03),
     (torch.bfloat16, "blockwise", 0.03),
+    (torch.bfloat16, "few_rows", 1e-5),
 ])  # fmt: skip
 def test_error_by_dtype(dtype: torch.dtype, backend: str, limit: float) -> None:
     q, k = torch.randn(1, 4, 256, 64), torch.randn(1, 4, 1024, 64) + torch.randn(64)
@@ -190,6 +192,56 @@ def test_sampled_rows_are_rows_of_the_whole_and_their_mean_is_unbiased() -> None
     assert (sampled_mean(everything, 40)[1] == 0).all()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "two_call", "blockwise", "few_rows", "dense"])
+def test_gradient_of_sampled_rows(backend: str, is_causal: bool) -> None:
+    q = torch.randn(2, 4, 40, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 2, 30, 8, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randperm(40, generator=generator)[:6].sort().values
+    expected = oracle(q, k.expand(2, -1, -1, -1), causal=is_causal)[..., rows]
+    options = {"queries": 6, "generator": torch.Generator().manual_seed(3), "enable_gqa": True, "backend": backend}
+    h = attention_entropy(q, k, is_causal=is_causal, **options)
+    torch.testing.assert_close(h, expected)
+    weights = torch.randn_like(h)
+    for got, exact in zip(
+        torch.autograd.grad((h * weights).sum(), (q, k)), torch.autograd.grad((expected * weights).sum(), (q, k))
+    ):
+        torch.testing.assert_close(got, exact)
+
+
+def test_gradcheck_of_few_rows() -> None:
+    q = torch.randn(1, 2, 6, 4, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 5) > 0.3
+    mask[1] = False
+    assert gradcheck(lambda q, k: attention_entropy(q[:, :, :3], k, mask, backend="few_rows"), (q, k))
+    assert gradcheck(lambda q, k: attention_entropy(q, k, queries=3, backend="few_rows"), (q, k))
+    assert gradgradcheck(lambda q, k: attention_entropy(q, k, mask, backend="few_rows"), (q[:, :, :3], k))
+    assert gradgradcheck(lambda q: attention_entropy(q, k, queries=3, backend="few_rows"), (q,))
+
+
+def test_few_rows_takes_no_more_rows_than_a_head_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = dot_product_entropy._fastest
+    monkeypatch.setattr(dot_product_entropy, "_fastest", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    q = torch.randn(1, 1, 40, 8)
+    attention_entropy(q, q, queries=8)
+    attention_entropy(q, q, queries=9)
+    attention_entropy(q, q, queries=8, logit_softcap=3.0)
+    attention_entropy(q, q, queries=8, return_lse=True)
+    assert chosen == ["few_rows", "two_call", "blockwise", "two_call"]
+
+
+@pytest.mark.parametrize("backend", ["two_call", "blockwise", "dense"])
+def test_the_log_sum_exp_is_that_of_the_logits(backend: str) -> None:
+    q = torch.randn(1, 2, 6, 8).double()
+    k = torch.randn(1, 2, 30, 8).double() + torch.randn(8)  # two_call centres the keys, and must not return that
+    out = attention_entropy(q, k, is_causal=True, backend=backend, return_lse=True)
+    s = (q @ k.mT / 8**0.5).masked_fill(torch.ones(6, 30).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(out.lse, s.logsumexp(-1))
+
+
 def test_no_global_random_state_is_used() -> None:
     q = torch.randn(1, 1, 20, 4)
     state = torch.get_rng_state()
@@ -202,7 +254,9 @@ def test_no_global_random_state_is_used() -> None:
     ("options", "message"),
     [
         ({"backend": "flash"}, "backend must be one of auto"),
-        ({"backend": "two_call", "logit_softcap": 3.0}, "bilinear"),
+        ({"backend": "two_call", "logit_softcap": 3.0}, "two_call needs .* bilinear"),
+        ({"backend": "few_rows", "attn_mask": torch.zeros(4, 4)}, "few_rows needs .* bilinear"),
+        ({"backend": "few_rows", "return_lse": True}, "few_rows has no log-sum-exp"),
         ({"logit_softcap": -1.0}, r"positive, got -1\.0"),
         ({"queries": 9}, "between 1 and 4 query rows, got 9"),
         ({"is_causal": True, "attn_mask": torch.ones(4, 4, dtype=torch.bool)}, "exclude each other"),

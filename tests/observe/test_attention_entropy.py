@@ -90,6 +90,28 @@ def test_a_padded_row_without_a_key_is_zero_and_left_out() -> None:
     assert layer.per_head().isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_padded_batch_in_an_evaluating_encoder() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 9, 16), torch.arange(9) >= torch.tensor([9, 5])[:, None]
+    reader = AttentionEntropyReader(encoder)
+    reader.attach()
+    with torch.no_grad():
+        plain = encoder(x, src_key_padding_mask=padding)
+        for _ in range(2):
+            reader.start()
+            read = encoder(x, src_key_padding_mask=padding)
+            reader.stop()
+            assert [layer.module for layer in reader.layers] == ["layers.0.self_attn", "layers.1.self_attn"]
+            torch.testing.assert_close(plain[~padding], read[~padding])
+    assert encoder.use_nested_tensor
+    reader.detach()
+    with torch.no_grad():
+        assert torch.equal(encoder(x, src_key_padding_mask=padding), plain)
+    assert hooks(encoder) == 0
+
+
 def test_gradient_is_that_of_the_map() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True).double()
