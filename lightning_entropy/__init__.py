@@ -13,9 +13,25 @@ from lightning_entropy.lazy import lazy_exports
 from lightning_entropy.verbosity import set_verbosity
 
 if TYPE_CHECKING:
-    from lightning_entropy.attention import AttentionEntropyMaximization, AttentionEntropyRegularizer
-    from lightning_entropy.data import SlideBags
-    from lightning_entropy.recipes import MILClassifier
+    from lightning_entropy.activation import ActivationEntropyMonitor, ActivationSwap, CRReLU, swap_activations
+    from lightning_entropy.attention import (
+        AttentionEntropyMaximization,
+        AttentionEntropyMonitor,
+        AttentionEntropyRegularizer,
+        AttentionEntropyScaling,
+        EntropyGuidedSurgery,
+        LearnableTemperature,
+        SigmaReparam,
+        SoftplusAttention,
+        add_learnable_temperature,
+        attention_entropy_report,
+        register_softplus_attention,
+        scale_attention,
+        sigma_reparametrize,
+        use_softplus_attention,
+    )
+    from lightning_entropy.data import ImageSet, SlideBags
+    from lightning_entropy.recipes import MILClassifier, ViTClassifier
 
 try:
     __version__ = version("lightning-entropy")
@@ -23,13 +39,59 @@ except PackageNotFoundError:  # a source tree that was put on the path without b
     __version__ = "0+unknown"
 
 _EXPORTS = {
+    "ActivationEntropyMonitor": "activation",
+    "ActivationSwap": "activation",
+    "CRReLU": "activation",
+    "swap_activations": "activation",
     "AttentionEntropyMaximization": "attention",
+    "AttentionEntropyMonitor": "attention",
     "AttentionEntropyRegularizer": "attention",
+    "AttentionEntropyScaling": "attention",
+    "EntropyGuidedSurgery": "attention",
+    "LearnableTemperature": "attention",
+    "SigmaReparam": "attention",
+    "SoftplusAttention": "attention",
+    "add_learnable_temperature": "attention",
+    "attention_entropy_report": "attention",
+    "register_softplus_attention": "attention",
+    "scale_attention": "attention",
+    "sigma_reparametrize": "attention",
+    "use_softplus_attention": "attention",
+    "ImageSet": "data",
     "MILClassifier": "recipes",
     "SlideBags": "data",
-    **{room: room for room in ("attention", "data", "functional", "observe", "recipes", "training")},
+    "ViTClassifier": "recipes",
+    **{
+        room: room
+        for room in ("activation", "attention", "data", "functional", "observe", "recipes", "surgery", "training")
+    },
 }
 
-__all__ = ["AttentionEntropyMaximization", "AttentionEntropyRegularizer", "MILClassifier", "SlideBags", "__version__", "set_verbosity"]
+__all__ = [
+    "ActivationEntropyMonitor",
+    "ActivationSwap",
+    "AttentionEntropyMaximization",
+    "AttentionEntropyMonitor",
+    "AttentionEntropyRegularizer",
+    "AttentionEntropyScaling",
+    "CRReLU",
+    "ImageSet",
+    "EntropyGuidedSurgery",
+    "LearnableTemperature",
+    "MILClassifier",
+    "SigmaReparam",
+    "SlideBags",
+    "SoftplusAttention",
+    "ViTClassifier",
+    "__version__",
+    "add_learnable_temperature",
+    "attention_entropy_report",
+    "register_softplus_attention",
+    "scale_attention",
+    "set_verbosity",
+    "sigma_reparametrize",
+    "swap_activations",
+    "use_softplus_attention",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -8,7 +8,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from lightning_entropy import AttentionEntropyMaximization, AttentionEntropyRegularizer
+from lightning_entropy import (
+    AttentionEntropyMaximization,
+    AttentionEntropyRegularizer,
+    EntropyGuidedSurgery,
+    LearnableTemperature,
+    SigmaReparam,
+    SoftplusAttention,
+)
 from tests.user_modules import BagClassifier, MeanClassifier, TokenClassifier, bags
 
 
@@ -64,5 +71,60 @@ CASES = [
         without_target=BagClassifier,
         error="no attention between tokens ran in BagClassifier",
         second={"modules": "pool.layers.1*", "objective": "ceiling", "target": 0.5, "weight": 0.05},
+    ),
+    Case(
+        "softplus_attention",
+        SoftplusAttention,
+        {"variant": "lssar", "power": 3},
+        "lightning_entropy.SoftplusAttention",
+        module=TokenClassifier,
+        without_target=MeanClassifier,
+        error="SoftplusAttention found no attention",
+        second={"modules": "pool.layers.1*"},
+        weighted=False,
+        undo=lambda callback: callback.report.undo(),
+        sharded="shards it",
+        incompatible_with={
+            "entropy_regularizer": "no attention between tokens ran",
+            "learnable_temperature": "cannot be combined",
+        },
+    ),
+    Case(
+        "learnable_temperature",
+        LearnableTemperature,
+        {"init": 1.0},
+        "lightning_entropy.LearnableTemperature",
+        module=TokenClassifier,
+        without_target=MeanClassifier,
+        error="LearnableTemperature found no attention",
+        second={"modules": "pool.layers.1*"},
+        weighted=False,
+        undo=lambda callback: callback.report.undo(),
+        sharded="shards it",
+    ),
+    Case(
+        "sigma_reparam",
+        SigmaReparam,
+        {"modules": "pool*"},
+        "lightning_entropy.SigmaReparam",
+        module=TokenClassifier,
+        error="none of them holds",
+        second={"modules": "head", "gamma_init": "one"},
+        weighted=False,
+        undo=lambda callback: callback.report.undo(),
+        sharded="shards it",
+    ),
+    Case(
+        "entropy_guided_surgery",
+        EntropyGuidedSurgery,
+        {"modules": "pool*"},
+        "lightning_entropy.EntropyGuidedSurgery",
+        module=TokenClassifier,
+        without_target=BagClassifier,
+        error="found no feed-forward",
+        second={"modules": "pool.layers.1*", "scale": False, "remove_norm": True},
+        weighted=False,
+        undo=lambda callback: callback.report.undo(),
+        sharded="shards it",
     ),
 ]

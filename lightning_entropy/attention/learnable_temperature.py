@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_entropy.surgery.attention_call import AttentionCall, ScaledLogits, rewrite_attention
 from lightning_entropy.surgery.attention_modules import attention_heads
 from lightning_entropy.surgery.report import SurgeryReport
+from lightning_entropy.training.lightning import LightningModule, Trainer
 from lightning_entropy.training.surgery import SurgeryCallback
 
 PARAMETER = "attention_log_temperature"
@@ -34,8 +35,8 @@ class _Temperature(ScaledLogits):
         self.init, self.positions = init, positions
 
     def describe(self) -> str:
-        each = "head" if self.positions is None else f"head and each of {self.positions} query positions"
-        return f"logits / t, t learned for each {each}, init {self.init:g}"
+        each = "head" if self.positions is None else f"head and query position of {self.positions}"
+        return f"attentions given a temperature for each {each}, {self.init:g} at the start"
 
     def prepare(self, name: str, module: nn.Module) -> str | None:
         heads = attention_heads(module)
@@ -154,6 +155,11 @@ class LearnableTemperature(SurgeryCallback):
     def operate(self, module: nn.Module) -> SurgeryReport:
         """Add the temperatures."""
         return add_learnable_temperature(module, init=self.init, positions=self.positions, modules=self.modules)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the temperatures."""
+        t = torch.cat([value.flatten() for value in temperatures(pl_module).values()])
+        pl_module.log_dict({"temperature/mean": t.mean(), "temperature/min": t.min(), "temperature/max": t.max()})
 
 
 __all__ = ["PARAMETER", "LearnableTemperature", "add_learnable_temperature", "temperatures"]

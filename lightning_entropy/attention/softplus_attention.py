@@ -39,7 +39,7 @@ class _Softplus(ReplacedAttention):
 
     def __init__(self, variant: str, power: float, offset_rows: int) -> None:
         self.attention = _attention(variant, power, offset_rows)
-        self.text = "softmax -> LSSA" if variant == "lssa" else f"softmax -> LSSAR (power {power:g})"
+        self.text = f"attentions changed to {'LSSA' if variant == 'lssa' else f'LSSAR, power {power:g}'}"
 
     def describe(self) -> str:
         return self.text
@@ -221,6 +221,11 @@ def register_softplus_attention(*, power: float = 15.0, offset_rows: int = 3) ->
     """
     functions = {name: _Interface(name, _attention(name, power, offset_rows)) for name in VARIANTS}
     transformers = require("transformers", extra="finetuning")
+    if not hasattr(transformers, "AttentionMaskInterface"):
+        raise ImportError(
+            f"register_softplus_attention needs transformers 4.53 or later, found {transformers.__version__}: "
+            "pip install -U transformers. use_softplus_attention(model) works with older versions."
+        )
     masking = require("transformers.masking_utils", extra="finetuning")
     for name, function in functions.items():
         transformers.AttentionInterface.register(name, function)

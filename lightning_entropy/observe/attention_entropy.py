@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_entropy.functional import attention_entropy, entropy_from_logits
+from lightning_entropy.functional import attention_entropy, attention_sink, entropy_from_logits
+from lightning_entropy.functional.blockwise_entropy import logits_block, wide
 from lightning_entropy.observe.interception import (
     is_square,
     multi_head_arguments,
@@ -24,6 +25,7 @@ from lightning_entropy.observe.records import masked_out
 
 DOT_PRODUCT, MULTI_HEAD, SOFTMAX = "scaled_dot_product_attention", "multi_head_attention", "softmax"
 PROJECTED = "multi_head_attention, projected"
+_SINK_ROWS = 64  # query rows from which a sink is told: their part of the map, and no more, is formed
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class LayerEntropy:
         keys: how many keys each query may attend to, broadcastable to ``entropy``.
         rows: how many query rows the attention has; more than ``entropy`` holds where rows were sampled.
         columns: how many keys there are, allowed or not.
+        sink: ``(heads,)``, the largest share of a head's attention that goes to one key; None unless sinks are read.
+        rest: ``(heads,)``, normalised entropy of the attention beside that key (see
+            :func:`lightning_entropy.functional.attention_sink`); None unless sinks are read.
     """
 
     module: str
@@ -46,6 +51,8 @@ class LayerEntropy:
     keys: Tensor
     rows: int
     columns: int
+    sink: Tensor | None = None
+    rest: Tensor | None = None
 
     def normalized(self) -> Tensor:
         """Entropy divided by the log of the row's allowed keys; NaN for rows with fewer than two."""
@@ -63,10 +70,12 @@ class AttentionRead:
     Args:
         queries: sample this many query rows of each attention (see
             :func:`lightning_entropy.functional.attention_entropy`); None reads all.
+        sinks: tell attention sinks too, from up to 64 query rows.
     """
 
-    def __init__(self, queries: int | None = None) -> None:
+    def __init__(self, queries: int | None = None, sinks: bool = False) -> None:
         self.queries = queries
+        self.sinks = sinks
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, kind: str, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
@@ -100,17 +109,30 @@ class AttentionRead:
         rows = query.shape[-2]
         if mask is not None:
             mask = self._as_bool(mask)
-        if self.queries is not None and self.queries < rows:
-            chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.queries]
-            chosen = chosen.to(query.device)
-            query = query.index_select(-2, chosen)
-            if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
-                mask = mask.index_select(-2, chosen)
-            if is_causal:
-                mask, is_causal = torch.arange(key.shape[-2], device=query.device) <= chosen[:, None], False
+        query, mask, is_causal = _some_rows(self.queries, query, key, mask, is_causal)
         h = attention_entropy(query, key, mask, is_causal, **options)
         assert isinstance(h, Tensor)
-        return LayerEntropy(site, source, h, _keys(query, key, mask, is_causal), rows, key.shape[-2])
+        keys = _keys(query, key, mask, is_causal)
+        sink, rest = self._sink_of_dot_product(query, key, mask, is_causal, **options) if self.sinks else (None, None)
+        return LayerEntropy(site, source, h, keys, rows, key.shape[-2], sink, rest)
+
+    @torch.no_grad()
+    def _sink_of_dot_product(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        query, mask, is_causal = _some_rows(_SINK_ROWS, query, key, mask, is_causal)
+        with torch.autocast(query.device.type, enabled=False):
+            if enable_gqa:
+                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+            c = query.shape[-1] ** -0.5 if scale is None else scale
+            s = logits_block(wide(query), wide(key), mask, is_causal, c, None, 0, key.shape[-2])[0]
+            return _sink_per_head(s)
 
     def _of_dot_product(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy:
         given = sdpa_arguments(args, kwargs)
@@ -130,16 +152,50 @@ class AttentionRead:
         if dim != logits.dim() - 1 or not (is_square(tuple(logits.shape), dim) or logits.dim() >= 4):
             return None  # a pooling or a classifier's softmax
         rows = logits.shape[-2]
-        if self.queries is not None and self.queries < rows:
-            chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.queries]
-            logits = logits.index_select(-2, chosen.to(logits.device))
+        chosen = _drawn(rows, self.queries, logits.device)
+        if chosen is not None:
+            logits = logits.index_select(-2, chosen)
         out = masked_out(logits.detach())
         h = entropy_from_logits(logits.masked_fill(out, -torch.inf))
-        return LayerEntropy(site, SOFTMAX, h, (~out).sum(-1).float(), rows, logits.shape[-1])
+        sink = rest = None
+        if self.sinks:
+            some = _drawn(logits.shape[-2], _SINK_ROWS, logits.device)
+            sink, rest = _sink_per_head(logits if some is None else logits.index_select(-2, some))
+        return LayerEntropy(site, SOFTMAX, h, (~out).sum(-1).float(), rows, logits.shape[-1], sink, rest)
 
     def _of_multi_head(self, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerEntropy | None:
         projected = project_multi_head(args, kwargs)
         return None if projected is None else self._entry(site, MULTI_HEAD, *projected, False)
+
+
+def _drawn(rows: int, count: int | None, device: torch.device) -> Tensor | None:
+    """Which rows are read: the same in every call; None for all."""
+    if count is None or count >= rows:
+        return None
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[:count].to(device)
+
+
+def _some_rows(
+    count: int | None, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The drawn query rows with their part of the mask."""
+    chosen = _drawn(query.shape[-2], count, query.device)
+    if chosen is None:
+        return query, mask, is_causal
+    if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+        mask = mask.index_select(-2, chosen)
+    if is_causal:
+        mask, is_causal = torch.arange(key.shape[-2], device=query.device) <= chosen[:, None], False
+    return query.index_select(-2, chosen), mask, is_causal
+
+
+@torch.no_grad()
+def _sink_per_head(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass and rest of the most attended key of each sample, mean over the samples."""
+    logits = logits.detach()
+    found = attention_sink(logits.masked_fill(masked_out(logits), -torch.inf))
+    mass, rest = (x.reshape(-1, x.shape[-1]) for x in (found.mass, found.rest))
+    return mass.nanmean(0), rest.nanmean(0)
 
 
 def project_multi_head(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -76,6 +76,8 @@ class AttentionEntropyReader:
             None reads all.
         queries: read this many query rows of each attention, drawn at random, the same in every call: an unbiased
             estimate at a fraction of the cost. None reads all rows.
+        gradient: False computes the entropies as the forward goes, without a graph, also where gradients are enabled.
+        sinks: tell attention sinks too, from up to 64 query rows (``sink`` and ``rest`` of a :class:`LayerEntropy`).
         owner: the name that messages carry.
 
     Raises:
@@ -95,6 +97,8 @@ class AttentionEntropyReader:
         modules: str | Iterable[str] | None = None,
         *,
         queries: int | None = None,
+        gradient: bool = True,
+        sinks: bool = False,
         owner: str = "AttentionEntropyReader",
     ) -> None:
         if queries is not None and queries < 1:
@@ -103,21 +107,24 @@ class AttentionEntropyReader:
         self.owner = owner
         self.patterns = as_patterns(modules)
         self.queries = queries
+        self.gradient = gradient
+        self.sinks = sinks
         self.recording = False
         self._roots: list[str] | None = None
+        self._sites: list[str] = []
         if self.patterns is not None:
             found = match_modules(module, self.patterns, owner)
             self._roots = [name for matched in found.values() for name in matched]
         self._noted: list[_Noted] = []
         self._layers: list[LayerEntropy] = []
-        self._read = AttentionRead(queries)
+        self._read = AttentionRead(queries, sinks)
         self._stack: list[str] = []
         self._entered: list[_Watch] = []
         self._everywhere = _Watch(self._note, self._stack)
         self._handles = Handles()
         self._attached = False
         self._whole = True
-        self._compiled = self._sharded = self._reading = False
+        self._compiled = self._sharded = False
 
     def _wanted(self, site: str) -> bool:
         if self._roots is None:
@@ -125,9 +132,9 @@ class AttentionEntropyReader:
         return any(site == root or not root or site.startswith(f"{root}.") for root in self._roots)
 
     def _note(self, kind: str, site: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._reading or not self._wanted(site):
+        if not self._wanted(site):
             return
-        grad = torch.is_grad_enabled()
+        grad = self.gradient and torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             self._compiled = True
             self._noted.append(_Noted(kind, site, args, kwargs, grad))
@@ -145,15 +152,12 @@ class AttentionEntropyReader:
 
     def _realize(self) -> None:
         noted, self._noted[:] = list(self._noted), []
-        self._reading = True  # what the reading itself computes is not the module's
-        try:
+        with torch._C.DisableTorchFunction():  # what a reading computes is no attention of the module, to any reader
             for call in noted:
                 with torch.set_grad_enabled(call.grad):
                     entry = self._read(call.kind, call.site, call.args, call.kwargs)
                 if entry is not None:
                     self._layers.append(entry)
-        finally:
-            self._reading = False
 
     @property
     def layers(self) -> list[LayerEntropy]:
@@ -169,11 +173,14 @@ class AttentionEntropyReader:
         return bool(self._noted or self._layers)
 
     def attach(self) -> None:
-        """Install the hooks. Does nothing when they are installed."""
+        """Install the hooks, where attention was found before if it was. Does nothing when they are installed."""
         if self._attached:
             return
         self._attached = self._whole = True
         self._sharded = is_sharded(self.module)
+        if self._sites:
+            self._narrow(self._sites)
+            return
         keep_padded(self._handles, self.module, lambda: self.recording)
         for name, module in self.module.named_modules():
 
@@ -196,6 +203,7 @@ class AttentionEntropyReader:
         """
         if "" in sites or self._compiled:
             return  # compiled code holds no mode; what makes it read is that one is entered where it is called
+        self._sites = sites
         self._handles.remove()
         self._whole = False
         keep_padded(self._handles, self.module, lambda: self.recording)
@@ -240,7 +248,7 @@ class AttentionEntropyReader:
         """Drop what was read, and the graph that it holds."""
         self._noted.clear()
         self._layers.clear()
-        self._read = AttentionRead(self.queries)
+        self._read = AttentionRead(self.queries, self.sinks)
 
     def detach(self) -> None:
         """Remove every hook and what was read. Safe at any moment and any number of times."""

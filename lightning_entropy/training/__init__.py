@@ -4,5 +4,6 @@ from lightning_entropy.training.entropy_term import AttentionEntropyTerm
 from lightning_entropy.training.loss_term import LossTerm
 from lightning_entropy.training.reader_term import AttentionLossTerm
 from lightning_entropy.training.schedule import WeightSchedule
+from lightning_entropy.training.surgery import SurgeryCallback
 
-__all__ = ["AttentionEntropyTerm", "AttentionLossTerm", "LossTerm", "WeightSchedule"]
+__all__ = ["AttentionEntropyTerm", "AttentionLossTerm", "LossTerm", "SurgeryCallback", "WeightSchedule"]

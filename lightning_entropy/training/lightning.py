@@ -30,6 +30,7 @@ DISTRIBUTION = _distribution()
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+    from lightning.pytorch.loggers import Logger
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 else:
@@ -39,6 +40,7 @@ else:
     LightningModule = _root.LightningModule
     Trainer = _root.Trainer
     seed_everything = _root.seed_everything
+    Logger = import_module(f"{DISTRIBUTION}.loggers").Logger
     _utilities = import_module(f"{DISTRIBUTION}.utilities")
     rank_zero_info = _utilities.rank_zero_info
     rank_zero_warn = _utilities.rank_zero_warn
@@ -61,17 +63,33 @@ def logs_this_step(trainer: Trainer) -> bool:
     return bool(connector.should_update_logs or trainer.is_last_batch or getattr(trainer, "fast_dev_run", False))
 
 
+def is_compiled(module: LightningModule) -> bool:
+    """Whether a LightningModule, or a module in it, runs through ``torch.compile``."""
+    if getattr(module, "_compiler_ctx", None) is not None:  # by torch.compile(module), which Lightning unwraps
+        return True
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
+
+
+def returns_to_another_process(trainer: Trainer) -> bool:
+    """Whether the run is in a process that Lightning spawned, which gives its weights back to the one that waits."""
+    launchers = submodule("strategies.launchers")
+    return isinstance(trainer.strategy.launcher, launchers._MultiProcessingLauncher)
+
+
 __all__ = [
     "DISTRIBUTION",
     "Callback",
     "LightningDataModule",
     "LightningModule",
+    "Logger",
     "MisconfigurationException",
     "Trainer",
     "cli",
+    "is_compiled",
     "logs_this_step",
     "rank_zero_info",
     "rank_zero_warn",
+    "returns_to_another_process",
     "seed_everything",
     "submodule",
 ]
