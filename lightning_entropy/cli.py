@@ -16,9 +16,9 @@ from typing import Any
 
 TRAINER_COMMANDS = {
     "fit": "train a recipe",
-    "validate": "evaluate a checkpoint on the validation bags",
-    "test": "evaluate a checkpoint on the test bags",
-    "predict": "write predictions.csv for slides",
+    "validate": "evaluate a checkpoint on the validation data",
+    "test": "evaluate a checkpoint on the test data",
+    "predict": "write predictions.csv for slides or images",
 }
 COMMANDS = {
     **TRAINER_COMMANDS,
@@ -210,11 +210,11 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("--folds", type=int, help="folds of cross-validation (default: the recipe's split)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--output", default="comparison", help="folder for the results (default: comparison)")
-    parser.add_argument("--select", choices=("best", "last"), default="best", help="checkpoint that is tested")
+    parser.add_argument("--select", choices=("best", "last"), help="checkpoint that is tested (default: the recipe's)")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each if several")
     options, rest = parser.parse_known_args(arguments)
     vary, overrides = _vary(options.vary), _overrides(rest)
-    _recipe(options.recipe)
+    recipe = _recipe(options.recipe)
     from rich.console import Console
 
     from lightning_entropy.recipes.comparison import compare
@@ -235,7 +235,8 @@ def _compare(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         raise UsageError("stopped; the same command continues with the runs that are missing") from None
     Console().print(comparison.table())
-    print(f"results: {options.output}/results.json, results.csv, intervals.png, curves.png, runs/")
+    files = ["results.json", "results.csv", "intervals.png", "curves.png", *recipe.report_files, "runs/"]
+    print(f"results: {options.output}/{', '.join(files)}")
 
 
 def _heatmap(arguments: list[str]) -> None:

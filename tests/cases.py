@@ -9,7 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_entropy import (
+    ActivationEntropyMonitor,
+    ActivationSwap,
     AttentionEntropyMaximization,
+    AttentionEntropyMonitor,
     AttentionEntropyRegularizer,
     EntropyGuidedSurgery,
     LearnableTemperature,
@@ -126,5 +129,42 @@ CASES = [
         weighted=False,
         undo=lambda callback: callback.report.undo(),
         sharded="shards it",
+    ),
+    Case(
+        "activation_swap",
+        ActivationSwap,
+        {"old": "relu", "new": "crrelu"},
+        "lightning_entropy.ActivationSwap",
+        module=TokenClassifier,
+        without_target=BagClassifier,
+        error="swapped nothing",
+        second={"old": "relu", "new": "crrelu", "modules": "pool.layers.1*"},
+        weighted=False,
+        undo=lambda callback: callback.report.undo(),
+        sharded="shards it",
+    ),
+    Case(
+        "entropy_monitor",
+        AttentionEntropyMonitor,
+        {"every_n_steps": 2, "patience": 50},  # under a floor of 0.999 its alarm for uniform heads is right to go off
+        "lightning_entropy.AttentionEntropyMonitor",
+        module=TokenClassifier,
+        without_target=BagClassifier,
+        error="no attention between tokens ran in BagClassifier",
+        second={"modules": "pool.layers.1*", "every_n_steps": 3, "queries": 4},
+        weighted=False,
+        only_watches=True,
+        incompatible_with={"softplus_attention": "no attention between tokens ran"},
+    ),
+    Case(
+        "activation_entropy_monitor",
+        ActivationEntropyMonitor,
+        {"every_n_steps": 1, "samples": 1000},
+        "lightning_entropy.ActivationEntropyMonitor",
+        without_target=MeanClassifier,
+        error="found no activation module in MeanClassifier",
+        second={"modules": "pool"},
+        weighted=False,
+        only_watches=True,
     ),
 ]

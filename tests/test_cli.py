@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +117,13 @@ def test_other_models_and_no_aem() -> None:
 def test_recipes_lists_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    assert "mil_ucsb    58 breast" in out
+    assert re.search(r"^mil_ucsb +58 breast", out, re.MULTILINE)
+    assert re.search(r"^vit-stability +a small ViT", out, re.MULTILINE)
     assert "--vary aem=off,constant,cosine,top_k,mean_pooling" in out
     assert main(["recipes", "--show", "mil"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["model"] == "abmil"
+    assert main(["recipes", "--show", "vit-stability"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["images"] == "embedded:digits"
 
 
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_entropy.training.attention_report import AttentionEntropyReport, HeadLimits
+from lightning_entropy.training.attention_report import AttentionEntropyReport, HeadLimits, Heads
 from lightning_entropy.training.entropy_record import EntropyRecord
 from lightning_entropy.training.entropy_watch import AttentionEntropyWatch
 from lightning_entropy.training.lightning import LightningModule, MisconfigurationException, Trainer
@@ -103,6 +103,7 @@ class AttentionEntropyMonitor(AttentionEntropyWatch):
         self._source = probe if isinstance(probe, str) else None
         self._batch: Any = None if isinstance(probe, str) else probe
         self._reading: int | None = None
+        self._heads: Heads | None = None
 
     # What was read.
 
@@ -151,23 +152,27 @@ class AttentionEntropyMonitor(AttentionEntropyWatch):
             self.start_reading()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Read no further: a forward after a backward pass belongs to another loss."""
-        if self._reading is not None:
-            self.reader.stop()
+        """Read no further: a forward after a backward pass belongs to another loss, and the weights change after it."""
+        if self._reading is not None and self._heads is None:
+            self._heads = self.stop_reading(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was read; or run the probe if that is due."""
         if self._reading is not None:
-            step, self._reading = self._reading, None
+            step, local = self._reading, self._heads
+            self._reading = self._heads = None
+            if local is None:  # the step called no manual_backward
+                local = self.stop_reading(pl_module)
         elif self.probe is not None and self._batch is not None and self._due(trainer.global_step):
             step = trainer.global_step
             self.start_reading()
             run_probe(trainer, pl_module, self._batch, self.probe_forward, type(self).__name__)
+            local = self.stop_reading(pl_module)
         else:
             return
-        heads = self.take(pl_module)
+        heads = self.over_ranks(local)
         if not heads:
             return
         self.report = report = AttentionEntropyReport(heads, step, self.limits)
@@ -216,7 +221,7 @@ class AttentionEntropyMonitor(AttentionEntropyWatch):
 
     def leave(self) -> None:
         """Leave nothing behind."""
-        self._reading = None
+        self._reading = self._heads = None
         super().leave()
 
     def describe(self) -> str:

@@ -38,8 +38,8 @@ class AttentionEntropyRegularizer(AttentionEntropyTerm):
     Add it to any Trainer: the attention of any module is read where it is computed, fused or not, and the module is not
     edited. See :func:`lightning_entropy.functional.attention_entropy_penalty` for the formulas. It logs, every
     ``log_every_n_steps`` steps, ``entropy_regularizer/loss``, ``/entropy`` (normalised, mean over layers and heads),
-    ``/lowest_head``, ``/highest_head``, ``/outside`` (share of heads that the penalty pushes), ``/threshold`` (their mean,
-    when they are learned) and ``/weight`` when it is scheduled.
+    ``/lowest_head``, ``/highest_head``, ``/outside`` (share of heads that the penalty pushes), ``/threshold`` (mean of
+    those that are learned) and ``/weight`` when it is scheduled.
 
     Args:
         weight: factor of the penalty; with a schedule the weight at the start.

@@ -1,4 +1,4 @@
-"""Bags of slide features for a Trainer: files on disk, embedded sets, splitting, sampling, padding."""
+"""Bags of slide features and labelled images for a Trainer: files, embedded sets, splitting, sampling, padding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_entropy.data.convert import convert_bags
     from lightning_entropy.data.embedded import embedded_bags
     from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
+    from lightning_entropy.data.images import ImageBatch, ImageDataset, ImageSet
     from lightning_entropy.data.region_bags import SlideRegion, slide_region
     from lightning_entropy.data.slide_bags import SlideBags
     from lightning_entropy.data.source import ArrayBags, Bag, BagSource, Batch
@@ -23,6 +24,9 @@ _EXPORTS = {
     "BagSource": "source",
     "Batch": "source",
     "EpochSampler": "epoch_sampler",
+    "ImageBatch": "images",
+    "ImageDataset": "images",
+    "ImageSet": "images",
     "ResumableLoader": "epoch_sampler",
     "SlideBags": "slide_bags",
     "SlideRegion": "region_bags",
@@ -41,6 +45,9 @@ __all__ = [
     "BagSource",
     "Batch",
     "EpochSampler",
+    "ImageBatch",
+    "ImageDataset",
+    "ImageSet",
     "ResumableLoader",
     "SlideBags",
     "SlideRegion",

@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from lightning_entropy.recipes.comparison import compare
     from lightning_entropy.recipes.comparison_result import Comparison, joint_table
     from lightning_entropy.recipes.mil import MILClassifier
+    from lightning_entropy.recipes.vit import ViTClassifier
 
 _EXPORTS = {
     "ABMIL": "abmil",
     "Comparison": "comparison_result",
     "MILClassifier": "mil",
+    "ViTClassifier": "vit",
     "compare": "comparison",
     "joint_table": "comparison_result",
 }
 
-__all__ = ["ABMIL", "Comparison", "MILClassifier", "compare", "joint_table"]
+__all__ = ["ABMIL", "Comparison", "MILClassifier", "ViTClassifier", "compare", "joint_table"]
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

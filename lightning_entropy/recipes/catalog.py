@@ -1,12 +1,11 @@
-"""The recipes that come with the package: a configuration, its variants, and the classes that it
-configures.
-"""
+"""The recipes that come with the package: a configuration, its variants, and the classes that it configures."""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 _FOLDER = Path(__file__).parent
 
@@ -20,6 +19,10 @@ class Recipe:
         line: what it does, in a line.
         model: dotted path of the LightningModule that ``model:`` configures.
         data: dotted path of the LightningDataModule that ``data:`` configures.
+        select: what a comparison tests, the ``"best"`` checkpoint or the ``"last"`` epoch, where it is not told.
+        by_step: shell patterns of the logged names whose value at every logged step a comparison keeps.
+        report: dotted path of a module with ``summarize(record)``, more metrics of a run from its record, and
+            ``draw(comparison)`` and ``numbers(comparison)``, one more figure of a comparison and what it shows.
         file: the configuration, where it is not a packaged one.
     """
 
@@ -27,23 +30,40 @@ class Recipe:
     line: str
     model: str = "lightning_entropy.recipes.MILClassifier"
     data: str = "lightning_entropy.data.SlideBags"
+    select: Literal["best", "last"] = "best"
+    by_step: tuple[str, ...] = ()
+    report: str | None = None
     file: Path | None = None
 
     @property
     def path(self) -> Path:
         """The configuration."""
-        return self.file or _FOLDER / f"{self.name}.yaml"
+        return self.file or _FOLDER / f"{self.name.replace('-', '_')}.yaml"
 
     @property
     def variants_path(self) -> Path:
         """The named variants for ``compare``; the file may be absent."""
         return self.path.with_suffix(".variants.yaml")
 
+    @property
+    def report_files(self) -> list[str]:
+        """Names of the files that the report adds to a comparison's folder: the figure, and its numbers."""
+        return [f"{self.path.stem}.png", f"{self.path.stem}.json"] if self.report else []
+
 
 RECIPES = (
     Recipe("mil", "slide features -> attention MIL with AEM, with the settings of AEM's authors"),
     Recipe("mil_digits", "bags of digit images with known instance labels: the benchmark of the documentation"),
     Recipe("mil_ucsb", "58 breast histology images (UCSB) in five folds"),
+    Recipe(
+        "vit-stability",
+        "a small ViT at a learning rate where its attention collapses, and what is said to help",
+        model="lightning_entropy.recipes.ViTClassifier",
+        data="lightning_entropy.data.ImageSet",
+        select="last",
+        by_step=("train/loss_step", "attention_entropy/*"),
+        report="lightning_entropy.recipes.stability",
+    ),
 )
 
 
@@ -54,7 +74,7 @@ def find_recipe(name: str) -> Recipe:
         ValueError: if there is none; the message lists those that there are.
     """
     for recipe in RECIPES:
-        if recipe.name == name:
+        if recipe.name.replace("-", "_") == name.replace("-", "_"):
             return recipe
     if name.endswith((".yaml", ".yml")):
         if Path(name).is_file():

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from lightning_entropy.recipes.catalog import Recipe, find_recipe
 from lightning_entropy.recipes.comparison_result import Comparison
 from lightning_entropy.recipes.run_record import fingerprint, read_record, train_and_test
 from lightning_entropy.recipes.variants import changed, read_yaml, variants
+from lightning_entropy.training.figures import write_figure
 from lightning_entropy.training.files import atomic_write
 from lightning_entropy.verbosity import announce
 
@@ -176,6 +178,17 @@ def _independent(config: Mapping[str, Any]) -> bool:
     return name.startswith("embedded:") and kind in EMBEDDED and is_generated(kind)
 
 
+def _write_report(recipe: Recipe, comparison: Comparison, folder: Path) -> None:
+    """The figure that a recipe adds, and its numbers."""
+    if recipe.report is None:
+        return
+    report = import_module(recipe.report)
+    figure, numbers = (folder / name for name in recipe.report_files)
+    write_figure(report.draw(comparison), figure)
+    with atomic_write(numbers) as temporary:
+        temporary.write_text(json.dumps(report.numbers(comparison), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def compare(
     recipe: str = "mil",
     *,
@@ -184,15 +197,15 @@ def compare(
     seeds: int | Sequence[int] = 5,
     output: str | os.PathLike[str] = "comparison",
     overrides: Mapping[str, Any] | None = None,
-    select: Select = "best",
+    select: Select | None = None,
     workers: int = 1,
     show: bool = True,
 ) -> Comparison:
     """Train every variant on every fold with every seed and compare them in pairs.
 
     Writes ``runs/*.json`` (one a run: settings, test metrics, curves, seconds, versions), ``results.json``,
-    ``results.csv``, ``intervals.png`` and ``curves.png``. Called again with the same arguments it trains only
-    what is missing.
+    ``results.csv``, ``intervals.png``, ``curves.png``, and the figure of a recipe that has one, with its numbers.
+    Called again with the same arguments it trains only what is missing.
 
     Args:
         recipe: name of a packaged recipe, or a YAML file.
@@ -203,7 +216,7 @@ def compare(
         seeds: how many seeds (0, 1, ...), or which.
         output: folder for the results.
         overrides: dotted key -> value, for every run.
-        select: test the ``"best"`` checkpoint of the recipe, or the ``"last"`` epoch.
+        select: test the ``"best"`` checkpoint of the recipe, or the ``"last"`` epoch; None for what the recipe says.
         workers: processes; each then computes with one thread.
         show: draw a progress bar.
 
@@ -220,6 +233,7 @@ def compare(
         raise ValueError(f"seeds must be a positive number or different numbers >= 0, got {seeds!r}")
     if folds is not None and folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}; None keeps the split of the recipe")
+    select = chosen.select if select is None else select
     if select not in ("best", "last"):
         raise ValueError(f"select must be 'best' or 'last', got {select!r}")
     if workers < 1:
@@ -253,6 +267,7 @@ def compare(
         independent=_independent(jobs[0].config),
     )
     comparison.write(folder)
+    _write_report(chosen, comparison, folder)
     return comparison
 
 

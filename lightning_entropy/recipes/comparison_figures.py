@@ -24,7 +24,7 @@ _PANELS = {
     "val/coverage": "coverage of key instances, validation",
 }
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
 def interval_figure(panels: Mapping[str, Sequence[tuple[str, PairedDifference]]], *, baseline: str) -> Figure:
@@ -45,8 +45,8 @@ def interval_figure(panels: Mapping[str, Sequence[tuple[str, PairedDifference]]]
     for axis, (title, entries) in zip(axes, panels.items()):
         for place, (_, d) in enumerate(entries):
             if math.isfinite(d.low):
-                axis.plot([d.low, d.high], [place, place], color=_COLORS[1], linewidth=2)
-            axis.plot([d.mean], [place], "o", color=_COLORS[1])
+                axis.plot([d.low, d.high], [place, place], color=COLORS[1], linewidth=2)
+            axis.plot([d.mean], [place], "o", color=COLORS[1])
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_yticks(range(len(entries)), [variant for variant, _ in entries])
         axis.set_ylim(len(entries) - 0.5, -0.5)
@@ -57,7 +57,8 @@ def interval_figure(panels: Mapping[str, Sequence[tuple[str, PairedDifference]]]
     return figure
 
 
-def _mean_and_spread(curves: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_spread(curves: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over curves at each place, of those that have a value there; NaN where none has."""
     length = max(len(curve) for curve in curves)
     values = np.full((len(curves), length), np.nan)
     for row, curve in zip(values, curves):
@@ -92,9 +93,9 @@ def curve_figure(curves: Mapping[str, Sequence[Curves]]) -> Figure:
             runs = of(variant, name)
             if not runs:
                 continue
-            mean, spread = _mean_and_spread(runs)
+            mean, spread = mean_and_spread(runs)
             epochs = np.arange(1, len(mean) + 1)
-            color = _COLORS[number % len(_COLORS)]
+            color = COLORS[number % len(COLORS)]
             axis.plot(epochs, mean, color=color, label=variant, linewidth=1.5)
             if len(runs) > 1:
                 axis.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.12, linewidth=0)
@@ -110,4 +111,4 @@ def curve_figure(curves: Mapping[str, Sequence[Curves]]) -> Figure:
     return figure
 
 
-__all__ = ["curve_figure", "interval_figure"]
+__all__ = ["COLORS", "curve_figure", "interval_figure", "mean_and_spread"]

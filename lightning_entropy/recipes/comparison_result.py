@@ -19,6 +19,7 @@ from lightning_entropy.training.files import atomic_write
 
 # name -> (heading, direction in which it is better)
 METRICS = {
+    "accuracy": ("accuracy", 1),
     "auc": ("AUC", 1),
     "f1": ("macro F1", 1),
     "balanced_accuracy": ("bal. acc.", 1),
@@ -29,10 +30,14 @@ METRICS = {
     "instance_auc": ("inst. AUC", 1),
     "coverage": ("coverage", 1),
     "key_mass": ("key mass", 0),
+    "train_loss": ("train. loss", -1),
+    "lowest_entropy": ("lowest H/log N", 0),
+    "final_entropy": ("final H/log N", 0),
+    "collapsed": ("collapsed heads", -1),
+    "overloaded": ("uniform heads", 0),
+    "diverged": ("diverged", -1),
 }
-
-
-MAIN_METRICS = ("auc", "f1", "loss", "entropy", "effective_number", "instance_auc", "coverage")
+MAIN_METRICS = tuple(m for m in METRICS if m not in ("balanced_accuracy", "normalized_entropy", "key_mass"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Predictions of slides as a table."""
+"""Predictions of slides or images as a table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from lightning_entropy.training.files import atomic_write
 
 def _rows(predictions: Sequence[dict[str, Any]]) -> list[tuple[str, list[float]]]:
     return [
-        (slide, row)
+        (name, row)
         for batch in predictions
-        for slide, row in zip(batch["slide"], batch["probabilities"].cpu().tolist())
+        for name, row in zip(batch[_column(batch)], batch["probabilities"].cpu().tolist())
     ]
+
+
+def _column(batch: dict[str, Any]) -> str:
+    return "slide" if "slide" in batch else "name"
 
 
 def write_predictions(
@@ -27,15 +31,16 @@ def write_predictions(
     *,
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the predicted class and the probabilities of every slide, one line a slide, in order of their
+    """Write the predicted class and the probabilities of every slide or image, one line each, in order of their
     names.
 
     With several processes all of them must call this; the first writes.
 
     Args:
         predictions: what ``Trainer.predict`` returned for a
-            :class:`~lightning_entropy.recipes.mil.MILClassifier`.
-        path: the CSV file: ``slide,prediction,probability_CLASS,...``.
+            :class:`~lightning_entropy.recipes.mil.MILClassifier` or a
+            :class:`~lightning_entropy.recipes.vit.ViTClassifier`.
+        path: the CSV file: ``slide,prediction,probability_CLASS,...`` (``name`` instead of ``slide`` for images).
         classes: names of the classes; their numbers if ``None``.
 
     Raises:
@@ -55,9 +60,10 @@ def write_predictions(
     if first:
         with atomic_write(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["slide", "prediction", *(f"probability_{name}" for name in names)])
-            for slide, row in sorted(dict(rows).items()):  # a sampler may give a slide to two processes
-                writer.writerow([slide, names[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+            column = _column(predictions[0]) if predictions else "slide"
+            writer.writerow([column, "prediction", *(f"probability_{name}" for name in names)])
+            for name, row in sorted(dict(rows).items()):  # a sampler may give one to two processes
+                writer.writerow([name, names[row.index(max(row))], *(f"{value:.6f}" for value in row)])
     return target
 
 

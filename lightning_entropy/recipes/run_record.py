@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ import torch
 from lightning_entropy import verbosity
 from lightning_entropy.recipes.bag_models import import_path
 from lightning_entropy.recipes.catalog import Recipe
+from lightning_entropy.recipes.step_record import StepRecord
 from lightning_entropy.training.lightning import (
     DISTRIBUTION,
     Callback,
@@ -155,8 +157,8 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
             ``"last"`` epoch (no checkpoint is written).
 
     Returns:
-        ``metrics`` of the test bags, ``curves`` by epoch, ``best_epoch``, ``seconds``, number of bags,
-        versions.
+        ``metrics`` of the test bags, ``curves`` by epoch, ``steps`` where the recipe asks for them, ``best_epoch``,
+        ``seconds``, number of bags, versions.
 
     Raises:
         ValueError: if the configuration is wrong, or ``"best"`` is wanted without a monitored checkpoint.
@@ -166,12 +168,15 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
         prepared = _for_selection(dict(config), select)
         prepared["trainer"]["default_root_dir"] = folder
         trainer, model, data = build(recipe, prepared)
-        recorder = CurveRecorder()
+        recorder, steps = CurveRecorder(), StepRecord(recipe.by_step)
         cast(Any, trainer).callbacks.append(recorder)
+        if recipe.by_step:
+            trainer.loggers = [steps]
         trainer.fit(model, datamodule=data)
         if trainer.interrupted:
             raise KeyboardInterrupt
         fit_seconds = time.perf_counter() - start
+        trainer.loggers = []  # what is logged while testing belongs to no step
         best_epoch = None
         if select == "best":
             checkpoint: Any = trainer.checkpoint_callback
@@ -182,9 +187,12 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
             model.load_state_dict(state["state_dict"])
         tested = trainer.test(model, datamodule=data, verbose=False)[0]
     bags = {split: len(getattr(data, split)) for split in ("train", "val", "test") if hasattr(data, split)}
-    return {
-        "metrics": {name.removeprefix("test/"): _finite(value) for name, value in tested.items()},
+    record = {
+        "metrics": {
+            name.removeprefix("test/"): _finite(value) for name, value in tested.items() if name.startswith("test/")
+        },
         "curves": recorder.curves,
+        **({"steps": steps.values} if recipe.by_step else {}),
         "best_epoch": best_epoch,
         "bags": bags,
         "seconds": round(time.perf_counter() - start, 3),
@@ -192,6 +200,9 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
         "versions": versions(),
         "device": str(trainer.strategy.root_device),
     }
+    if recipe.report is not None:
+        record["metrics"] |= import_module(recipe.report).summarize(record)
+    return record
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -99,13 +99,13 @@ class AttentionEntropyWatch(Callback, ABC):
         self.reader.detach()
         return heads_of(layers, type(module).__name__)
 
-    def take(self, module: LightningModule) -> Heads:
-        """What was read since :meth:`start_reading`, mean over the ranks. Every rank must call it.
+    def over_ranks(self, heads: Heads) -> Heads:
+        """The mean over the ranks of what each has read. Every rank must call it.
 
         Raises:
             ValueError: if no rank has read anything and there was no reading yet.
         """
-        heads = mean_over_ranks(self.stop_reading(module))
+        heads = mean_over_ranks(heads)
         if not self._said:
             if not heads:
                 raise self.reader.nothing_read()

@@ -60,8 +60,12 @@ def layer_head_figure(
     names = [name if len(name) <= 32 else f"...{name[-29:]}" for name in layers]
     wide = 2.0 + 0.07 * max(len(name) for name in names) + max(1.4, 0.16 * heads) * len(shown)
     figure = Figure(figsize=(max(wide, 6.0), tall + 3.0 * curves + 1), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[tall + 0.8, 3.0]) if curves else (figure, None)
-    axes = np.atleast_1d(upper.subplots(1, len(shown), sharey=True))
+    upper: Any = figure
+    lower: Any = None
+    if curves:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[tall + 0.8, 3.0])
+        upper, lower = parts
+    axes = list(np.ravel(upper.subplots(1, len(shown), sharey=True)))
     image: Any = None
     for axis, step in zip(axes, shown):
         grid = _grid(readings[step], layers, heads)
@@ -83,7 +87,7 @@ def layer_head_figure(
     every = max(1, math.ceil(len(layers) / _MOST_NAMES))
     places = range(0, len(layers), every)
     axes[0].set_yticks(list(places), [names[i] for i in places], fontsize=7)
-    upper.colorbar(image, ax=list(axes)).set_label(label, fontsize=8)
+    upper.colorbar(image, ax=axes).set_label(label, fontsize=8)
     _legend(upper, axes)
     if lower is not None:
         _curves(lower.subplots(), readings, dict(zip(layers, names)), steps, label)

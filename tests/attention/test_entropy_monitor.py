@@ -222,6 +222,7 @@ def test_figures_and_file_survive_an_exception(tmp_path: Path) -> None:
         assert list(Path(logger.log_dir, "figures", "attention_entropy").glob("*.png"))
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("probe", [None, "train"])
 @pytest.mark.parametrize("version", [0, 1])
 def test_a_resumed_run_continues_history_and_file(probe: str | None, version: int, tmp_path: Path) -> None:

@@ -1,0 +1,269 @@
+"""``ImageSet``: labelled images for a Trainer, from an embedded set or from folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
+from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
+from lightning_entropy.data.open_source import check_arguments
+from lightning_entropy.data.splits import stratified_folds, stratified_split
+from lightning_entropy.training.lightning import LightningDataModule
+from lightning_entropy.verbosity import announce
+
+
+class ImageBatch(TypedDict):
+    """A batch of labelled images.
+
+    Keys:
+        image: ``(B, C, H, W)`` float32 in [-1, 1].
+        label: ``(B,)`` int64.
+        name: names of the images.
+    """
+
+    image: Tensor
+    label: Tensor
+    name: list[str]
+
+
+class ImageDataset(Dataset[Any]):
+    """Some of the images of a source.
+
+    Args:
+        source: where they are read from.
+        indices: which.
+    """
+
+    def __init__(self, source: ImageSource, *, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> list[int]:
+        """Classes of the images."""
+        return [self.source.labels[i] for i in self.indices]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images."""
+        return [self.source.names[i] for i in self.indices]
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        """Read one image; ``key`` is its position, or ``(epoch, position)`` as ``EpochSampler`` gives it."""
+        index = self.indices[key[1] if isinstance(key, tuple) else key]
+        return {"image": self.source.read(index), "label": self.source.labels[index], "name": self.source.names[index]}
+
+
+class ImageSet(LightningDataModule):
+    """Labelled images, as they are: scaled to [-1, 1] and not augmented.
+
+    Without arguments it holds scikit-learn's digits (1,797 scanned digits of 8 x 8 pixels, part of that package), so
+    that everything can be tried before there are data.
+
+    Args:
+        images: ``"embedded:digits"``, or a folder that holds a folder of images for each class, or such folders in
+            ``train``, ``val`` and ``test``.
+        image_size: height and width that images are brought to; None for 8 (digits) and 224 (folders).
+        fold: the fold that tests, of ``folds`` folds made here.
+        folds: number of folds.
+        val_fraction: share of the images for validation, where no split says it.
+        test_fraction: share of the images for testing, where neither fold nor split says it.
+        seed: of splitting (stratified by class) and of the order of training.
+        batch_size: images in a batch; a training epoch leaves out what is over when it has a whole batch.
+        num_workers: processes that read images.
+        pin_memory: passed to the loaders.
+
+    After ``setup`` it has ``source``, ``in_channels``, ``image_size``, ``classes``, ``train``, ``val`` and ``test``.
+
+    Raises:
+        ValueError: for an argument out of its range, at once; for bad input, in ``setup``.
+
+    Example:
+        >>> images = ImageSet(batch_size=4)
+        >>> images.setup()
+        >>> next(iter(images.train_dataloader()))["image"].shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        images: str = "embedded:digits",
+        *,
+        image_size: int | None = None,
+        fold: int | None = None,
+        folds: int | None = None,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.2,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            least=(
+                ("image_size", image_size, 1),
+                ("fold", fold, 0),
+                ("folds", folds, 2),
+                ("seed", seed, 0),
+                ("batch_size", batch_size, 1),
+                ("num_workers", num_workers, 0),
+            ),
+            words=(),
+        )
+        if (fold is not None) and (folds is None or fold >= folds):
+            raise ValueError(f"fold must be under folds, got fold={fold}, folds={folds}")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                "val_fraction and test_fraction must be at least 0 and leave images to train on, got "
+                f"{val_fraction} and {test_fraction}"
+            )
+        self.images = str(images)
+        self._wanted_size = image_size
+        self.fold, self.folds = fold, folds
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.seed, self.batch_size = seed, batch_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._source: ImageSource | None = None
+        self._splits: dict[str, ImageDataset] = {}
+
+    @property
+    def source(self) -> ImageSource:
+        """Where the images are read from."""
+        if self._source is None:
+            raise RuntimeError("ImageSet has read nothing yet: call setup() first (a Trainer does)")
+        return self._source
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels."""
+        return self.source.channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images."""
+        return self.source.size
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.source.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.source.classes)
+
+    @property
+    def train(self) -> ImageDataset:
+        """Images that train."""
+        return self._split("train")
+
+    @property
+    def val(self) -> ImageDataset:
+        """Images that validate."""
+        return self._split("val")
+
+    @property
+    def test(self) -> ImageDataset:
+        """Images that test."""
+        return self._split("test")
+
+    def _split(self, name: str) -> ImageDataset:
+        if name not in self._splits:
+            raise RuntimeError(f"ImageSet has no {name} images yet: call setup() first (a Trainer does)")
+        return self._splits[name]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the images and split them; once, whatever the stages that follow.
+
+        Args:
+            stage: Lightning's ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+        Raises:
+            ValueError: if the images cannot be used, or no split of them can be made.
+        """
+        if self._splits:
+            return
+        self._source = source = open_images(self.images, image_size=self._wanted_size)
+        part = self._parts(source)
+        for name in SPLITS:
+            self._splits[name] = ImageDataset(source, indices=[i for i, own in enumerate(part) if own == name])
+        self._splits["predict"] = ImageDataset(source, indices=range(len(part)))
+        counts = ", ".join(f"{len(self._splits[name]):,} {name}" for name in SPLITS)
+        shape = f"{source.channels} x {source.size} x {source.size}"
+        announce(f"ImageSet({self.images}): {counts} images of {shape}, {len(source.classes)} classes")
+
+    def _parts(self, source: ImageSource) -> list[str]:
+        """The split of each image."""
+        if source.splits is not None and self.fold is not None:
+            raise ValueError(f"fold={self.fold} cannot be used: {self.images} has folders for its splits")
+        part = list(source.splits) if source.splits is not None else [""] * len(source.labels)
+        if self.fold is not None and self.folds is not None:
+            folds = stratified_folds(source.labels, folds=self.folds, seed=self.seed)
+            part = ["test" if number == self.fold else "" for number in folds]
+        elif source.splits is None:
+            part = self._deal(source, part, "test", self.test_fraction)
+        if "val" not in part and self.val_fraction > 0:
+            part = ["" if own == "train" else own for own in part]
+            part = self._deal(source, part, "val", self.val_fraction)
+        return [own or "train" for own in part]
+
+    def _deal(self, source: ImageSource, part: list[str], name: str, fraction: float) -> list[str]:
+        """Give a share of all images, drawn from those that have no split yet, to one."""
+        free = [i for i, own in enumerate(part) if not own]
+        share = fraction * len(part) / len(free)
+        if share == 0:
+            return part
+        if share >= 1:
+            raise ValueError(f"{name}_fraction={fraction} leaves no images to train on in {self.images}")
+        # Another stream for validation than for testing, from the same seed.
+        seed = self.seed + (1_000_003 if name == "val" else 0)
+        dealt = stratified_split([source.labels[i] for i in free], fractions=(1 - share, share), seed=seed)
+        chosen = {i for i, number in zip(free, dealt) if number == 1}
+        return [name if i in chosen else own for i, own in enumerate(part)]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled images; another order in every epoch."""
+        trainer = self.trainer
+        ranks = None if trainer is None else trainer.distributed_sampler_kwargs
+        sampler = EpochSampler(self.train, seed=self.seed, **(ranks or {}))
+        whole = len(sampler) >= self.batch_size  # a small last batch is noise at a large learning rate
+        return ResumableLoader(self.train, sampler=sampler, drop_last=whole, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The validation images; no loader when there are none."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The test images; no loader when there are none."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """All images."""
+        return self._evaluation_loader("predict")
+
+    def _evaluation_loader(self, name: str) -> DataLoader[Any] | list[DataLoader[Any]]:
+        dataset = self._split(name)
+        return DataLoader(dataset, shuffle=False, **self._loader_options()) if len(dataset) else []
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.pin_memory,
+            # A generator of its own: reading images takes nothing from the random numbers of the training.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+
+
+__all__ = ["ImageBatch", "ImageDataset", "ImageSet"]
