@@ -221,8 +221,8 @@ class SiteFinder:
 def _attribute(module: nn.Module, dotted: str) -> Any:
     value: Any = module
     for part in dotted.split("."):
-        value = getattr(value, part, None)
-        if not isinstance(value, nn.Module):
+        value = value._modules.get(part)  # no attribute lookup: properties of a LightningModule may raise
+        if value is None:
             return None
     return value
 

@@ -554,3 +554,22 @@ def test_no_warning_and_no_gradient_left(x):
         swap_activations(model, old="relu", new=Leaky, example=x)
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_lightning_module_without_a_trainer() -> None:
+    from lightning.pytorch import LightningModule
+
+    class Regression(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.log("loss", self.trainer.current_epoch)
+            return self(batch).mean()
+
+    report = swap_activations(Regression(), old="relu", new="crrelu")
+    assert [record.name for record in report.swapped] == ["net.1"]
