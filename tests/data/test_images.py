@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,37 @@ def test_folders_of_splits(folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "test" / "emu" / "0.png")
     with pytest.raises(ValueError, match=r"train has the classes \['cat', 'dog'\], test has"):
         ready(str(folder))
+
+
+@pytest.mark.parametrize(("folder_name", "key"), [("cifar-10-batches-py", "labels"), ("cifar-100-python", "fine_labels")])
+def test_cifar_as_torchvision_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_name: str, key: str
+) -> None:
+    root, generator = tmp_path / folder_name, np.random.default_rng(0)
+    root.mkdir()
+    with pytest.raises(ValueError, match=r"is not CIFAR10+ as it was published"):
+        ready(str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the checksums of the real files
+    ten = key == "labels"
+    names = {"label_names" if ten else "fine_label_names": ["cat", "dog"]}
+    (root / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(names))
+    pixels = {}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch") if ten else ("train", "test"):
+        pixels[name] = generator.integers(0, 256, (20, 3 * 32 * 32), dtype=np.uint8)
+        (root / name).write_bytes(pickle.dumps({"data": pixels[name], key: [0, 1] * 10}))
+    images = ready(str(tmp_path), val_fraction=0.1)
+    total = 20 * len(pixels)
+    assert (images.classes, images.in_channels, images.image_size) == (["cat", "dog"], 3, 32)
+    assert (len(images.test), len(images.val)) == (20, round(0.1 * total))
+    assert len(images.train) == total - 20 - len(images.val)
+    assert images.test.names[3] == "test/00003"
+    first = pixels["test_batch" if ten else "test"][3].reshape(3, 32, 32)  # planes of red, green and blue
+    assert np.abs(images.test[3]["image"].numpy() - (first / 127.5 - 1)).max() < 1e-6
+    assert images.test[3]["label"] == 1
+    assert ready(str(tmp_path), image_size=64).test[0]["image"].shape == (3, 64, 64)
+    (tmp_path / ("cifar-100-python" if ten else "cifar-10-batches-py")).mkdir()
+    with pytest.raises(ValueError, match="put each into a folder of its own"):
+        ready(str(tmp_path))
 
 
 def test_a_damaged_file_is_named(folder: Path) -> None:

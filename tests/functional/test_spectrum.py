@@ -67,7 +67,8 @@ def test_every_row_is_above_it(keys: int, spread: float, shift: float, seed: int
 @given(st.integers(2, 10_000), st.floats(0, 500), st.floats(0, 100))
 def test_it_falls_in_the_norm_and_stays_between_0_and_log_n(keys: int, norm: float, more: float) -> None:
     bound, lower = attention_entropy_lower_bound(torch.tensor([norm, norm + more], dtype=torch.float64), keys)
-    assert 0 <= lower <= bound <= math.log(keys) + 1e-12
+    assert 0 <= lower <= bound + 1e-12  # the norm may grow by less than the rounding of log n
+    assert bound <= math.log(keys) + 1e-12
 
 
 def test_shapes_types_and_limits() -> None:
