@@ -32,6 +32,7 @@ USAGE = """usage: lightning-entropy COMMAND [options]
 
   lightning-entropy fit --recipe mil --data.features features/ --data.table slides.csv
   lightning-entropy test --recipe mil --ckpt_path best
+  lightning-entropy fit --recipe vit --activation crrelu
   lightning-entropy compare --recipe mil_digits --vary aem=off,constant,cosine --seeds 5
 
 COMMAND --help shows the options of a command; --version the version.
@@ -72,9 +73,7 @@ def _recipe(name: str) -> Any:
 
 
 def _resolved_checkpoint(arguments: list[str]) -> list[str]:
-    """Replace ``--ckpt_path best|last`` by the file of the newest run: a new process cannot know it
-    otherwise.
-    """
+    """Replace ``--ckpt_path best|last`` by the file of the newest run: a new process cannot know it otherwise."""
     value, rest = _take(arguments, "--ckpt_path")
     if value is None:
         return arguments
@@ -99,6 +98,12 @@ def _trainer_command(command: str, arguments: list[str]) -> None:
     if name is None and not has_config and not asks_help:
         raise UsageError(f"{command} needs --recipe NAME (`lightning-entropy recipes` lists them) or --config FILE")
     recipe = _recipe(name or "mil")
+    activation, rest = _take(rest, "--activation")
+    if activation is not None:
+        try:
+            rest += recipe.activation_options(activation)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     rest = _resolved_checkpoint(rest)
     from lightning_entropy.recipes.bag_models import import_path
     from lightning_entropy.recipes.checkpoints import checkpoint_folder
@@ -114,8 +119,7 @@ def _trainer_command(command: str, arguments: list[str]) -> None:
                 parser.add_argument("--predictions", default="predictions.csv", help="file that predict writes")
 
         def before_fit(self) -> None:
-            # A resumed run goes on in the folder of its checkpoint, so that the best epoch so far stays
-            # known.
+            # A resumed run goes on in the folder of its checkpoint, so that the best epoch so far stays known.
             checkpoint = self._get(self.config_init, "ckpt_path")
             if checkpoint and Path(checkpoint).is_file():
                 for callback in self.trainer.checkpoint_callbacks:

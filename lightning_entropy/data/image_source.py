@@ -1,4 +1,4 @@
-"""Where labelled images are read from: scikit-learn's digits, or a folder with a subfolder for each class."""
+"""Where labelled images are read from: scikit-learn's digits, folders of classes, or CIFAR as torchvision keeps it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ EMBEDDED_IMAGES = ("digits",)
 SPLITS = ("train", "val", "test")
 _EMBEDDED = "embedded:"
 _FOLDER_SIZE = 224
+# The folder that torchvision's class reads, in the folder that it is given.
+_CIFAR = {"cifar-10-batches-py": "CIFAR10", "cifar-100-python": "CIFAR100"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ def open_images(images: str, *, image_size: int | None = None) -> ImageSource:
 
     Args:
         images: ``"embedded:digits"``, or a folder that holds a folder of images for each class, or such folders in
-            ``train``, ``val`` and ``test``.
-        image_size: height and width that images are brought to; None for those of the embedded set, and for 224
-            (shorter side, then the middle) for a folder.
+            ``train``, ``val`` and ``test``, or the unpacked CIFAR-10 or CIFAR-100 of torchvision
+            (``cifar-10-batches-py``, ``cifar-100-python``), which is never downloaded.
+        image_size: height and width that images are brought to; None for those of the embedded set and of CIFAR, and
+            for 224 (shorter side, then the middle) for other folders.
 
     Raises:
         ValueError: if there is no such set or folder, or it holds no classes.
@@ -60,7 +63,13 @@ def open_images(images: str, *, image_size: int | None = None) -> ImageSource:
         if name not in EMBEDDED_IMAGES:
             raise ValueError(f"embedded images {name!r} do not exist; there are {', '.join(EMBEDDED_IMAGES)}")
         return _digits(image_size)
-    return _folder(Path(images), _FOLDER_SIZE if image_size is None else image_size)
+    root = Path(images)
+    cifar = [folder for folder in _CIFAR if (root / folder).is_dir()]
+    if len(cifar) > 1:
+        raise ValueError(f"{root} holds {' and '.join(cifar)}: put each into a folder of its own")
+    if cifar:
+        return _cifar(root, cifar[0], image_size)
+    return _folder(root, _FOLDER_SIZE if image_size is None else image_size)
 
 
 def _digits(image_size: int | None) -> ImageSource:
@@ -76,6 +85,32 @@ def _digits(image_size: int | None) -> ImageSource:
         channels=1,
         size=int(pixels.shape[-1]),
         read=pixels.__getitem__,
+    )
+
+
+def _cifar(root: Path, folder: str, image_size: int | None) -> ImageSource:
+    kind = getattr(require("torchvision.datasets", extra="vision"), _CIFAR[folder])
+    try:
+        parts = {"train": kind(str(root), train=True), "test": kind(str(root), train=False)}
+    except RuntimeError as error:  # a file is missing or is not the published one
+        raise ValueError(f"{root / folder} is not {_CIFAR[folder]} as it was published: {error}") from error
+    places = [(name, i) for name, part in parts.items() for i in range(len(part))]
+    size = int(parts["train"].data.shape[1]) if image_size is None else image_size
+    transform = _transform(size)
+
+    def read(index: int) -> Tensor:
+        name, place = places[index]
+        image: Tensor = transform(parts[name][place][0])
+        return image
+
+    return ImageSource(
+        names=[f"{name}/{i:05d}" for name, i in places],
+        labels=[int(label) for part in parts.values() for label in part.targets],
+        classes=[str(name) for name in parts["train"].classes],
+        splits=[name for name, _ in places],
+        channels=3,
+        size=size,
+        read=read,
     )
 
 

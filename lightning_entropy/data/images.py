@@ -70,8 +70,8 @@ class ImageSet(LightningDataModule):
 
     Args:
         images: ``"embedded:digits"``, or a folder that holds a folder of images for each class, or such folders in
-            ``train``, ``val`` and ``test``.
-        image_size: height and width that images are brought to; None for 8 (digits) and 224 (folders).
+            ``train``, ``val`` and ``test``, or torchvision's unpacked CIFAR-10 or CIFAR-100.
+        image_size: height and width that images are brought to; None for 8 (digits), 32 (CIFAR) and 224 (folders).
         fold: the fold that tests, of ``folds`` folds made here.
         folds: number of folds.
         val_fraction: share of the images for validation, where no split says it.

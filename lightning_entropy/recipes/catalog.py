@@ -50,6 +50,19 @@ class Recipe:
         """Names of the files that the report adds to a comparison's folder: the figure, and its numbers."""
         return [f"{self.path.stem}.png", f"{self.path.stem}.json"] if self.report else []
 
+    def activation_options(self, name: str) -> list[str]:
+        """Options of the command line that give the recipe's model another activation.
+
+        Raises:
+            ValueError: if the recipe's model takes none, or there is none of that name.
+        """
+        if not self.model.endswith(".ViTClassifier"):
+            raise ValueError(f"--activation is for the recipes of vision transformers, not for {self.name}")
+        from lightning_entropy.activation.swap_rules import named_activation  # this module is read before torch is
+
+        named_activation(name)
+        return ["--model.activation", name]
+
 
 RECIPES = (
     Recipe("mil", "slide features -> attention MIL with AEM, with the settings of AEM's authors"),
@@ -63,6 +76,20 @@ RECIPES = (
         select="last",
         by_step=("train/loss_step", "attention_entropy/*"),
         report="lightning_entropy.recipes.stability",
+    ),
+    Recipe(
+        "vit",
+        "a small ViT on digit images, with any activation",
+        model="lightning_entropy.recipes.ViTClassifier",
+        data="lightning_entropy.data.ImageSet",
+        select="last",
+    ),
+    Recipe(
+        "vit-folders",
+        "ViT-Tiny, DeiT-Tiny or TNT-Small on images of your own, in the manner of DeiT, with any activation",
+        model="lightning_entropy.recipes.ViTClassifier",
+        data="lightning_entropy.data.ImageSet",
+        select="last",
     ),
 )
 

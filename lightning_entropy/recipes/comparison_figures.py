@@ -18,6 +18,7 @@ Curves = Mapping[str, Sequence["float | None"]]
 _PANELS = {
     "train/loss": "training cross-entropy",
     "val/loss": "validation cross-entropy",
+    "val/accuracy": "validation accuracy",
     "val/auc": "validation AUC",
     "val/entropy": "attention entropy, validation (nats)",
     "val/instance_auc": "instance AUC of attention, validation",
@@ -51,6 +52,7 @@ def interval_figure(panels: Mapping[str, Sequence[tuple[str, PairedDifference]]]
         axis.set_yticks(range(len(entries)), [variant for variant, _ in entries])
         axis.set_ylim(len(entries) - 0.5, -0.5)
         axis.set_title(title, fontsize=10)
+        axis.locator_params(axis="x", nbins=5)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.supxlabel(f"paired difference to {baseline}, 95 % interval", fontsize=10)

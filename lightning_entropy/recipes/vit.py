@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from lightning_entropy.activation.swap import swap_activations
+from lightning_entropy.activation.swap_rules import named_activation
 from lightning_entropy.data.images import ImageBatch
 from lightning_entropy.extras import require
 from lightning_entropy.recipes.half_cosine import HalfCosine
 from lightning_entropy.training.lightning import LightningModule, rank_zero_warn
+from lightning_entropy.verbosity import announce
 
 Decay = Literal["constant", "cosine"]
 
@@ -29,12 +32,12 @@ class WarmUp:
 
     def __init__(self, warmup_steps: int, *, cosine_steps: int | None = None) -> None:
         self.warmup_steps = warmup_steps
-        self.cosine = None if cosine_steps is None else HalfCosine(cosine_steps)
+        self.cosine_steps = cosine_steps  # numbers alone: a checkpoint holds them, and is loaded with weights_only
 
     def __call__(self, step: int) -> float:
         """The factor at a step, counted from 0."""
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return rise if self.cosine is None else rise * self.cosine(step)
+        return rise if self.cosine_steps is None else rise * HalfCosine(self.cosine_steps)(step)
 
 
 class ViTClassifier(LightningModule):
@@ -53,10 +56,14 @@ class ViTClassifier(LightningModule):
         in_channels: number of channels; None takes it from the Trainer's datamodule.
         num_classes: number of classes; None takes it from the Trainer's datamodule.
         qk_norm: normalise queries and keys (``qk_norm`` of timm's transformers: a LayerNorm of each head).
+        activation: what stands in the place of every GELU, by a name that
+            :func:`~lightning_entropy.swap_activations` takes (``"crrelu"``, ``"relu"``); None keeps the model's own.
         lr: learning rate.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW, on weight matrices; biases, the weights of norms, the parameters of activations, and
+            what timm's model names in ``no_weight_decay`` (embeddings of positions and classes) get none.
         warmup_steps: steps over which the learning rate rises linearly; 0 for none.
         decay: ``"constant"``, or ``"cosine"`` for half a cosine to 0 over the steps of the run.
+        label_smoothing: share of the target, in training, that is spread over all classes.
         model_kwargs: more arguments of ``timm.create_model``, for example ``{"patch_size": 2, "depth": 4}`` or
             ``{"pretrained": True}``.
 
@@ -80,10 +87,12 @@ class ViTClassifier(LightningModule):
         in_channels: int | None = None,
         num_classes: int | None = None,
         qk_norm: bool = False,
+        activation: str | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         decay: Decay = "constant",
+        label_smoothing: float = 0.0,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -92,14 +101,22 @@ class ViTClassifier(LightningModule):
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         if decay not in ("constant", "cosine"):
             raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}")
-        if not isinstance(model, str) and (qk_norm or model_kwargs):
-            raise ValueError("qk_norm and model_kwargs are for a model that timm makes; this one exists already")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not isinstance(model, str) and (qk_norm or model_kwargs or activation):
+            raise ValueError(
+                "qk_norm, activation and model_kwargs are for a model that timm makes; this one exists already "
+                "(swap_activations changes its activations)"
+            )
+        if activation is not None:
+            named_activation(activation)  # an unknown name is an error here, not when the data have been read
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
         self.lr, self.weight_decay, self.warmup_steps, self.decay = lr, weight_decay, int(warmup_steps), decay
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.diverged_at: int | None = None
         self._name = None if isinstance(model, nn.Module) else model
-        self._qk_norm, self._model_kwargs = qk_norm, dict(model_kwargs or {})
+        self._qk_norm, self._activation, self._model_kwargs = qk_norm, activation, dict(model_kwargs or {})
+        self.label_smoothing = label_smoothing
         self.net: nn.Module | None = model if isinstance(model, nn.Module) else None
         # A loss that is not finite has to show in the mean.
         self.val_metrics, self.test_metrics = (
@@ -131,6 +148,9 @@ class ViTClassifier(LightningModule):
             made: nn.Module = timm.create_model(self._name, **chosen)
         except (RuntimeError, TypeError, AssertionError) as error:  # unknown names, unknown arguments, wrong sizes
             raise ValueError(f"ViTClassifier: timm cannot make {self._name!r} with {chosen}: {error}") from error
+        if self._activation is not None:
+            image = torch.zeros(1, int(self.in_channels or 1), *2 * (int(self.image_size or 1),))
+            announce(str(swap_activations(made, old="gelu", new=self._activation, example=image, optimizer=())))
         return made
 
     def _datamodule(self) -> Any:
@@ -164,7 +184,7 @@ class ViTClassifier(LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_index: int) -> Tensor:
         """The loss of a batch; one that is not finite ends the run."""
-        loss = F.cross_entropy(self(batch["image"]), batch["label"])
+        loss = F.cross_entropy(self(batch["image"]), batch["label"], label_smoothing=self.label_smoothing)
         self._stop_if_diverged(loss.detach())
         shown: dict[str, Any] = {"prog_bar": True, "sync_dist": True, "batch_size": len(batch["label"])}
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=True, **shown)
@@ -221,10 +241,21 @@ class ViTClassifier(LightningModule):
         """
         return {"name": batch["name"], "probabilities": self(batch["image"]).float().softmax(dim=-1)}
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters that decay, and those that do not."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        if not self.weight_decay:
+            return [{"params": [p for _, p in trained]}]
+        kept = {f"net.{name}" for name in getattr(self.net, "no_weight_decay", set)()}
+        decays = [p.ndim > 1 and name not in kept for name, p in trained]
+        return [
+            {"params": [p for (_, p), d in zip(trained, decays) if d]},
+            {"params": [p for (_, p), d in zip(trained, decays) if not d], "weight_decay": 0.0},
+        ]
+
     def configure_optimizers(self) -> Any:
         """AdamW with the warm-up and decay that were asked for."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches if self.decay == "cosine" else math.inf
         factor = WarmUp(self.warmup_steps, cosine_steps=int(steps) if math.isfinite(steps) else None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

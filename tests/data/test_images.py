@@ -122,16 +122,15 @@ def test_folders_of_splits(folder: Path) -> None:
         ready(str(folder))
 
 
-@pytest.mark.parametrize(("folder_name", "key"), [("cifar-10-batches-py", "labels"), ("cifar-100-python", "fine_labels")])
-def test_cifar_as_torchvision_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_name: str, key: str
-) -> None:
-    root, generator = tmp_path / folder_name, np.random.default_rng(0)
+@pytest.mark.parametrize("ten", [True, False])
+def test_cifar_as_torchvision_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ten: bool) -> None:
+    folders = ("cifar-10-batches-py", "cifar-100-python")
+    root, key = tmp_path / folders[not ten], "labels" if ten else "fine_labels"
+    generator = np.random.default_rng(0)
     root.mkdir()
     with pytest.raises(ValueError, match=r"is not CIFAR10+ as it was published"):
         ready(str(tmp_path))
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the checksums of the real files
-    ten = key == "labels"
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # checksums of the real files
     names = {"label_names" if ten else "fine_label_names": ["cat", "dog"]}
     (root / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(names))
     pixels = {}
@@ -148,7 +147,7 @@ def test_cifar_as_torchvision_keeps_it(
     assert np.abs(images.test[3]["image"].numpy() - (first / 127.5 - 1)).max() < 1e-6
     assert images.test[3]["label"] == 1
     assert ready(str(tmp_path), image_size=64).test[0]["image"].shape == (3, 64, 64)
-    (tmp_path / ("cifar-100-python" if ten else "cifar-10-batches-py")).mkdir()
+    (tmp_path / folders[ten]).mkdir()
     with pytest.raises(ValueError, match="put each into a folder of its own"):
         ready(str(tmp_path))
 
