@@ -11,6 +11,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,10 @@ def _heatmap(arguments: list[str]) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     command, rest = arguments[0], arguments[1:]
+    if command in TRAINER_COMMANDS or command == "compare":
+        # Before any other library: typing gives equal unions in the order of the first that was written, and where that
+        # is float | int, the Trainer's limit_train_batches=1 would be parsed as 1.0, which means all batches.
+        import_module("lightning_entropy.training.lightning")
     if command in TRAINER_COMMANDS:
         _trainer_command(command, rest)
     elif command == "recipes":

@@ -218,3 +218,19 @@ def test_two_processes_report_what_one_reports() -> None:
         found.append({row[1].strip(): float(row[2]) for row in rows})
     assert found[0].keys() == found[1].keys() >= {"val/auc", "val/entropy", "val/instance_auc"}
     assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("first", ["", "import typing; typing.Optional[typing.Union[float, int]]; "])
+def test_a_limit_of_one_batch_is_one_batch(first: str, tmp_path: Path) -> None:
+    """typing's cache may turn the Trainer's int | float into float | int, by which 1 is parsed as 1.0: all batches."""
+    code = (
+        f"{first}from lightning_entropy.cli import main; main(['compare', '--recipe', 'none', '--vary', 'a=b'])\n"
+        "from lightning_entropy.recipes.catalog import find_recipe\n"
+        "from lightning_entropy.recipes.run_record import build\n"
+        "trainer = {'limit_train_batches': 1, 'accelerator': 'cpu', 'logger': False}\n"
+        "config = {'trainer': trainer, 'model': {}, 'data': {'images': 'embedded:digits'}}\n"
+        "limit = build(find_recipe('vit'), config).trainer.limit_train_batches\n"
+        "assert type(limit) is int and limit == 1, repr(limit)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -95,10 +95,14 @@ def build(recipe: Recipe, config: Mapping[str, Any]) -> Parts:
     Raises:
         ValueError: if a key or a value of the configuration is wrong.
     """
+    trainer = dict(config.get("trainer") or {})
 
     class ParsedCLI(cli().LightningCLI):  # type: ignore[misc,name-defined]
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_object(args)  # whatever the command line of this process is
+            for key, value in trainer.items():
+                if type(value) is int and isinstance(self.config.trainer[key], float):
+                    self.config.trainer[key] = value  # limit_train_batches: 1 is one batch, and 1.0 all of them
 
     try:
         made = ParsedCLI(
