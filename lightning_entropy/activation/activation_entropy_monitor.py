@@ -17,7 +17,13 @@ from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.report import name_patterns
 from lightning_entropy.training.figures import log_figure
 from lightning_entropy.training.files import atomic_write
-from lightning_entropy.training.lightning import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_entropy.training.lightning import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    log_prefix,
+)
 from lightning_entropy.verbosity import announce
 
 _LOGGED = ("entropy", "standardized", "atom_mass", "input_std", "input_entropy", "eps")
@@ -95,10 +101,6 @@ class ActivationEntropyMonitor(Callback):
         """Distinct for instances that read different modules."""
         return self._generate_state_key(modules=self.modules, per_channel=self.per_channel)
 
-    def _prefix(self, trainer: Trainer) -> str:
-        same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-        return self.log_name if len(same) < 2 else f"{self.log_name}_{same.index(self)}"
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the model is whole now, also when it was built in ``configure_model``."""
         self._detach()
@@ -117,7 +119,7 @@ class ActivationEntropyMonitor(Callback):
             self._last = None
         self._restored = False
         folder = trainer.log_dir if trainer.loggers else None  # asked on every rank: it is broadcast
-        self.path = Path(folder, f"{self._prefix(trainer)}.csv") if folder and self.log_csv else None
+        self.path = Path(folder, f"{log_prefix(self, self.log_name, trainer)}.csv") if folder and self.log_csv else None
         self._rows = [] if self._last is None else _rows_until(self.path, self._last)
         places = ", ".join(name_patterns(self._reader.sites))
         kinds = ", ".join(dict.fromkeys(type(m).__name__ for m in self._reader.sites.values()))
@@ -156,7 +158,7 @@ class ActivationEntropyMonitor(Callback):
         )
         self._drawn = False
         self._rows += [{"step": step, **row} for row in self.report.rows]
-        prefix = self._prefix(trainer)
+        prefix = log_prefix(self, self.log_name, trainer)
         values = {f"{prefix}/{key}": value for key, value in _scalars(self.report).items()}
         # Not by log() alone: what it gets reaches a logger in the steps of log_every_n_steps only.
         for logger in trainer.loggers:
@@ -196,7 +198,9 @@ class ActivationEntropyMonitor(Callback):
                 writer.writeheader()
                 writer.writerows(self._rows)
         if self.log_figures and trainer.loggers:
-            log_figure(trainer, f"{self._prefix(trainer)}/depth", self.report.plot(), step=self.report.step)
+            log_figure(
+                trainer, f"{log_prefix(self, self.log_name, trainer)}/depth", self.report.plot(), step=self.report.step
+            )
 
     def _detach(self) -> None:
         self._reading = None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_entropy.functional.blockwise_entropy import wide
+from lightning_entropy.functional.attention_operands import wide
 from lightning_entropy.functional.entropy import entropy_from_logits
 
 

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_entropy.functional.attention_operands import wide
+
 _BLOCK = 256  # keys at a time; a block of logits is (batch, heads, queries, _BLOCK)
-
-
-def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def logits_block(

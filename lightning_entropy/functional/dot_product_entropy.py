@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.functional import triton as triton_kernels
-from lightning_entropy.functional.blockwise_entropy import BlockwiseEntropy, logits_block, wide
+from lightning_entropy.functional.attention_operands import for_query_heads, wide
+from lightning_entropy.functional.blockwise_entropy import BlockwiseEntropy, logits_block
 from lightning_entropy.functional.entropy import entropy_from_logits
 from lightning_entropy.functional.few_rows_entropy import FewRowsEntropy
 from lightning_entropy.functional.two_call_entropy import two_call_entropy
@@ -137,7 +138,7 @@ def attention_entropy(
             )
             return AttentionEntropy(h, lse) if return_lse else h
         if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+            key = for_query_heads(key, query.shape[-3])
         if backend == "few_rows":
             if is_causal:
                 attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()

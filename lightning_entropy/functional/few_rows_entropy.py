@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_entropy.functional.blockwise_entropy import wide
+from lightning_entropy.functional.attention_operands import wide
 from lightning_entropy.functional.entropy import entropy_from_logits
 
 

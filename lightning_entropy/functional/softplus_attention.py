@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Libraries mask with -inf, with the smallest number of the dtype, or with a constant such as -1e9.
-_MASKED_BELOW = -1e8
+from lightning_entropy.functional.attention_operands import for_query_heads, masked_out, wide
+
 # softplus(-80) is the smallest that float32 holds as a normal number with room for the sum of a row.
 _LOWEST = -80.0
 # N A of uniform attention is 1 up to this many machine epsilons; the power would amplify what is rounding.
@@ -200,7 +200,7 @@ def length_scaled_softmax(
     if scale is None:
         scale = math.log(width) if cosine else width**-0.5
     with torch.autocast(query.device.type, enabled=False):
-        q = _direction(query) if cosine else _wide(query)
+        q = _direction(query) if cosine else wide(query)
         k = _direction(key).to(query.dtype) if cosine else key
         factor = count.clamp(min=1).log()
         if base_length is not None:  # exactly 1 where nothing changes
@@ -211,13 +211,9 @@ def length_scaled_softmax(
     )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _direction(x: Tensor) -> Tensor:
     """The vectors at length 1, float32 or wider; a zero vector stays, with a gradient of ordinary size."""
-    x = _wide(x)
+    x = wide(x)
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor underflow
     length = torch.where(largest > 0, (x * x).sum(-1, keepdim=True), 1.0).sqrt()
@@ -226,25 +222,25 @@ def _direction(x: Tensor) -> Tensor:
 
 def _rows(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> _Rows:
     queries, keys = query.shape[-2], key.shape[-2]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(query.dtype, torch.float32)
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have the same width, got {query.shape[-1]} and {key.shape[-1]}")
     if is_causal:
         if attn_mask is not None:
             raise ValueError("is_causal and attn_mask exclude each other, as in scaled_dot_product_attention")
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
-        count = torch.arange(1, queries + 1, device=query.device, dtype=wide).clamp(max=keys)
+        count = torch.arange(1, queries + 1, device=query.device, dtype=dtype).clamp(max=keys)
         return _Rows(allowed, None, count)
     if attn_mask is None:
-        return _Rows(None, None, torch.full((1,), keys, device=query.device, dtype=wide))
+        return _Rows(None, None, torch.full((1,), keys, device=query.device, dtype=dtype))
     bias: Tensor | None = None
     allowed = attn_mask
     if attn_mask.dtype != torch.bool:
-        allowed = attn_mask.detach() > max(torch.finfo(attn_mask.dtype).min / 2, _MASKED_BELOW)
+        allowed = ~masked_out(attn_mask.detach())
         bias = torch.where(allowed, attn_mask, 0.0)
     allowed = torch.atleast_2d(allowed)
     allowed = allowed.expand(*allowed.shape[:-1], keys)
-    return _Rows(allowed, bias, allowed.sum(-1).to(wide))
+    return _Rows(allowed, bias, allowed.sum(-1).to(dtype))
 
 
 def _lssa(
@@ -254,7 +250,7 @@ def _lssa(
     allowed, bias, count = _rows(query, key, attn_mask, is_causal)
     q, k = _direction(query), _direction(key)
     if enable_gqa:
-        k = _shared(k, q.shape[-3])
+        k = for_query_heads(k, q.shape[-3])
     c = math.log(query.shape[-1]) if scale is None else scale
     s = (q * (c * count.clamp(min=1).log())[..., None]) @ k.transpose(-2, -1)
     if bias is not None:
@@ -266,16 +262,10 @@ def _lssa(
     return weights / torch.where(total > 0, total, 1.0), count
 
 
-def _shared(x: Tensor, heads: int) -> Tensor:
-    if heads % x.shape[-3]:
-        raise ValueError(f"{heads} query heads cannot share {x.shape[-3]} key heads")
-    return x.repeat_interleave(heads // x.shape[-3], -3)
-
-
 def _mix(weights: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> Tensor:
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
     v = value.to(weights.dtype)
-    return weights @ (_shared(v, weights.shape[-3]) if enable_gqa else v)
+    return weights @ (for_query_heads(v, weights.shape[-3]) if enable_gqa else v)
 
 
 __all__ = ["length_scaled_softmax", "lssa_attention", "lssar_attention"]

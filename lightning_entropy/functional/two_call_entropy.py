@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_entropy.functional.blockwise_entropy import BlockwiseEntropy, wide
+from lightning_entropy.functional.attention_operands import wide
+from lightning_entropy.functional.blockwise_entropy import BlockwiseEntropy
 
 
 def two_call_entropy(

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_entropy.functional import attention_entropy, attention_sink, entropy_from_logits
-from lightning_entropy.functional.blockwise_entropy import logits_block, wide
+from lightning_entropy.functional.attention_operands import for_query_heads, masked_out, wide
+from lightning_entropy.functional.blockwise_entropy import logits_block
 from lightning_entropy.observe.interception import (
     is_square,
     multi_head_arguments,
     sdpa_arguments,
     softmax_arguments,
 )
-from lightning_entropy.observe.records import masked_out
 
 DOT_PRODUCT, MULTI_HEAD, SOFTMAX = "scaled_dot_product_attention", "multi_head_attention", "softmax"
 PROJECTED = "multi_head_attention, projected"
@@ -129,7 +129,7 @@ class AttentionRead:
         query, mask, is_causal = _some_rows(_SINK_ROWS, query, key, mask, is_causal)
         with torch.autocast(query.device.type, enabled=False):
             if enable_gqa:
-                key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+                key = for_query_heads(key, query.shape[-3])
             c = query.shape[-1] ** -0.5 if scale is None else scale
             s = logits_block(wide(query), wide(key), mask, is_causal, c, None, 0, key.shape[-2])[0]
             return _sink_per_head(s)

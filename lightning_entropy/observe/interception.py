@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_entropy.functional.attention_operands import for_query_heads, wide
+
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
 SDPA = F.scaled_dot_product_attention
 MHA = F.multi_head_attention_forward
@@ -66,7 +68,7 @@ class Interceptor(TorchFunctionMode):
         elif func is SDPA:
             given = sdpa_arguments(args, kwargs)
             q, k = given["query"], given["key"]
-            map_logits = _dot_product_logits(**given) if q.shape[-2] < k.shape[-2] else None
+            map_logits = dot_product_logits(**given) if q.shape[-2] < k.shape[-2] else None
             shape = (*q.shape[:-1], k.shape[-2])
             self._note("scaled_dot_product_attention", shape, len(shape) - 1, map_logits)
         elif func is MHA:
@@ -113,7 +115,7 @@ def is_square(shape: tuple[int, ...], dim: int) -> bool:
     return len(shape) > 2 and dim >= len(shape) - 2 and shape[-1] == shape[-2] > 1
 
 
-def _dot_product_logits(
+def dot_product_logits(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,12 +125,12 @@ def _dot_product_logits(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Logits of pooling attention, few queries over many keys: (..., queries, keys), float32 or wider."""
+    """The map of ``scaled_dot_product_attention`` before its softmax: (..., queries, keys), float32 or wider."""
     with torch.autocast(query.device.type, enabled=False):
-        q = query if query.dtype == torch.float64 else query.float()
+        q = wide(query)
         k = key.to(q.dtype)
         if enable_gqa:
-            k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+            k = for_query_heads(k, q.shape[-3])
         logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_entropy.functional import entropy_from_logits
-
-# Libraries mask with -inf, with the smallest number of the dtype, or with a constant such as -1e9. All of these give
-# a probability of exactly 0; no trained score is near them.
-_MASKED_BELOW = -1e8
-
-
-def masked_out(logits: Tensor) -> Tensor:
-    """Where a logit is one of the values that libraries write into masked positions."""
-    return logits <= max(torch.finfo(logits.dtype).min / 2, _MASKED_BELOW)
+from lightning_entropy.functional.attention_operands import masked_out
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ gradient checkpointing run it as part of the module.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import nn
 Wrapper = TypeVar("Wrapper", bound="InstanceForward")
 
 
-class InstanceForward:
+class InstanceForward(ABC):
     """Stands in place of ``module.forward`` and calls what was there, inside :meth:`around`.
 
     Several may stand on one module and are removed in any order: one that is not the outermost becomes transparent.
@@ -37,9 +38,9 @@ class InstanceForward:
         own = type(self.module).forward.__get__(self.module)
         return inspect.signature(own if self.original is None else self.original)
 
+    @abstractmethod
     def around(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """The context in which the forward runs."""
-        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_entropy.observe.interception import SDPA
-from lightning_entropy.observe.records import masked_out
+from lightning_entropy.functional.attention_operands import for_query_heads, masked_out
+from lightning_entropy.observe.interception import SDPA, dot_product_logits
 from lightning_entropy.surgery.attention_call import AttentionCall, ReplacedAttention, rewrite_attention
 
 
@@ -37,25 +37,17 @@ class _Measured(ReplacedAttention):
         out = SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if call.kind == "cross":
             return out
-        with torch.autocast(query.device.type, enabled=False):
-            q = query.detach().float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-            k = key.detach().float()
-            if enable_gqa:
-                k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-            if attn_mask is None and not is_causal:  # q' Cov(k) q, without the map
-                centred = k - k.mean(-2, keepdim=True)
-                covariance = centred.transpose(-2, -1) @ centred / k.shape[-2]
-                self._note(call, ((q @ covariance) * q).sum(-1))
-                return out
-            logits = q @ k.transpose(-2, -1)
-            if is_causal:
-                allowed = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
-                logits = logits.masked_fill(~allowed, -torch.inf)
-            elif attn_mask is not None and attn_mask.dtype == torch.bool:
-                logits = logits.masked_fill(~attn_mask, -torch.inf)
-            elif attn_mask is not None:
-                logits = logits + attn_mask.detach()
-            self.pass_map(call, logits)
+        query, key = query.detach().float(), key.detach().float()
+        if attn_mask is not None or is_causal:
+            mask = None if attn_mask is None else attn_mask.detach()
+            self.pass_map(call, dot_product_logits(query, key, value, mask, 0.0, is_causal, scale, enable_gqa))
+            return out
+        with torch.autocast(query.device.type, enabled=False):  # q' Cov(k) q, without the map
+            q = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+            k = for_query_heads(key, q.shape[-3]) if enable_gqa else key
+            centred = k - k.mean(-2, keepdim=True)
+            covariance = centred.transpose(-2, -1) @ centred / k.shape[-2]
+            self._note(call, ((q @ covariance) * q).sum(-1))
         return out
 
     def pass_map(self, call: AttentionCall, logits: Tensor) -> bool:

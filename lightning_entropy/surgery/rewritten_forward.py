@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_entropy.functional.attention_operands import masked_out
 from lightning_entropy.observe.interception import (
     MHA,
     SDPA,
@@ -24,7 +25,6 @@ from lightning_entropy.observe.interception import (
     sdpa_arguments,
     softmax_arguments,
 )
-from lightning_entropy.observe.records import masked_out
 from lightning_entropy.surgery.attention_modules import attention_heads
 from lightning_entropy.surgery.attention_rewrite import (
     AttentionCall,

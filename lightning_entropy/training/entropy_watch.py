@@ -17,7 +17,7 @@ from lightning_entropy.training.attention_report import (
     mean_of_readings,
     mean_over_ranks,
 )
-from lightning_entropy.training.lightning import Callback, LightningModule, Trainer
+from lightning_entropy.training.lightning import Callback, LightningModule, Trainer, log_prefix
 from lightning_entropy.verbosity import announce
 
 
@@ -121,8 +121,7 @@ class AttentionEntropyWatch(Callback, ABC):
 
     def log_prefix(self, trainer: Trainer) -> str:
         """The name before the slash; numbered where a Trainer has several."""
-        same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-        return self.log_name if len(same) < 2 else f"{self.log_name}_{same.index(self)}"
+        return log_prefix(self, self.log_name, trainer)
 
     def log_values(self, trainer: Trainer, report: AttentionEntropyReport) -> dict[str, float]:
         """The scalars under their full names."""

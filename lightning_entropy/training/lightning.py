@@ -57,6 +57,12 @@ def cli() -> ModuleType:
     return submodule("cli")
 
 
+def log_prefix(callback: Callback, name: str, trainer: Trainer) -> str:
+    """What a callback's logged names begin with; numbered where a Trainer has several of its class."""
+    same = [c for c in trainer.callbacks if type(c) is type(callback)]  # type: ignore[attr-defined]
+    return name if len(same) < 2 else f"{name}_{same.index(callback)}"
+
+
 def logs_this_step(trainer: Trainer) -> bool:
     """Whether a value logged in this training step is seen: at ``log_every_n_steps`` and at the end of an epoch."""
     connector = trainer._logger_connector
@@ -85,6 +91,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "cli",
+    "log_prefix",
     "is_compiled",
     "logs_this_step",
     "rank_zero_info",

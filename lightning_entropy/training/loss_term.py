@@ -16,6 +16,7 @@ from lightning_entropy.training.lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    log_prefix,
     logs_this_step,
 )
 from lightning_entropy.training.schedule import WeightSchedule
@@ -179,12 +180,8 @@ class LossTerm(Callback, ABC):
         """The weight at the Trainer's time."""
         return self.schedule.value(self.schedule.now(trainer), max(self._length, 1), self.weight, self.end_weight)
 
-    def _prefix(self, trainer: Trainer) -> str:
-        same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-        return self.log_name if len(same) < 2 else f"{self.log_name}_{same.index(self)}"
-
     def _log(self, trainer: Trainer, module: LightningModule, quantities: dict[str, Tensor | float]) -> None:
-        prefix = self._prefix(trainer)
+        prefix = log_prefix(self, self.log_name, trainer)
         if self.schedule.kind == "constant" and not self.schedule.warmup:
             quantities.pop("weight")
         values = {f"{prefix}/{key}": value for key, value in quantities.items()}

@@ -404,8 +404,12 @@ def test_following_the_weights_does_not_touch_a_graph_that_waits() -> None:
     model = nn.Linear(4, 4)
     sigma_reparametrize(model)
     loss = model(torch.ones(1, 4)).square().sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     update_sigma(model)
     loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
 
 
 def test_frozen_weights_are_rescaled_and_not_followed() -> None:
