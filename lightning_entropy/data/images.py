@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
+from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
 from lightning_entropy.data.open_source import check_arguments
+from lightning_entropy.data.split_data import SplitData
 from lightning_entropy.data.splits import stratified_folds, stratified_split
-from lightning_entropy.training.lightning import LightningDataModule
 from lightning_entropy.verbosity import announce
 
 
@@ -62,7 +61,7 @@ class ImageDataset(Dataset[Any]):
         return {"image": self.source.read(index), "label": self.source.labels[index], "name": self.source.names[index]}
 
 
-class ImageSet(LightningDataModule):
+class ImageSet(SplitData[ImageSource, ImageDataset]):
     """Labelled images, as they are: scaled to [-1, 1] and not augmented.
 
     Without arguments it holds scikit-learn's digits (1,797 scanned digits of 8 x 8 pixels, part of that package), so
@@ -92,6 +91,8 @@ class ImageSet(LightningDataModule):
         >>> next(iter(images.train_dataloader()))["image"].shape
         torch.Size([4, 1, 8, 8])
     """
+
+    items = "images"
 
     def __init__(
         self,
@@ -132,15 +133,6 @@ class ImageSet(LightningDataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.seed, self.batch_size = seed, batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._source: ImageSource | None = None
-        self._splits: dict[str, ImageDataset] = {}
-
-    @property
-    def source(self) -> ImageSource:
-        """Where the images are read from."""
-        if self._source is None:
-            raise RuntimeError("ImageSet has read nothing yet: call setup() first (a Trainer does)")
-        return self._source
 
     @property
     def in_channels(self) -> int:
@@ -151,36 +143,6 @@ class ImageSet(LightningDataModule):
     def image_size(self) -> int:
         """Height and width of the images."""
         return self.source.size
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes."""
-        return list(self.source.classes)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.source.classes)
-
-    @property
-    def train(self) -> ImageDataset:
-        """Images that train."""
-        return self._split("train")
-
-    @property
-    def val(self) -> ImageDataset:
-        """Images that validate."""
-        return self._split("val")
-
-    @property
-    def test(self) -> ImageDataset:
-        """Images that test."""
-        return self._split("test")
-
-    def _split(self, name: str) -> ImageDataset:
-        if name not in self._splits:
-            raise RuntimeError(f"ImageSet has no {name} images yet: call setup() first (a Trainer does)")
-        return self._splits[name]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images and split them; once, whatever the stages that follow.
@@ -233,37 +195,9 @@ class ImageSet(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled images; another order in every epoch."""
-        trainer = self.trainer
-        ranks = None if trainer is None else trainer.distributed_sampler_kwargs
-        sampler = EpochSampler(self.train, seed=self.seed, **(ranks or {}))
+        sampler = self._train_sampler()
         whole = len(sampler) >= self.batch_size  # a small last batch is noise at a large learning rate
         return ResumableLoader(self.train, sampler=sampler, drop_last=whole, **self._loader_options())
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The validation images; no loader when there are none."""
-        return self._evaluation_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The test images; no loader when there are none."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All images."""
-        return self._evaluation_loader("predict")
-
-    def _evaluation_loader(self, name: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        dataset = self._split(name)
-        return DataLoader(dataset, shuffle=False, **self._loader_options()) if len(dataset) else []
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.pin_memory,
-            # A generator of its own: reading images takes nothing from the random numbers of the training.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
 
 
 __all__ = ["ImageBatch", "ImageDataset", "ImageSet"]

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_entropy.data.bag_dataset import BagDataset, collate_bags
-from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
+from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.open_source import check_arguments, is_draw, open_source
 from lightning_entropy.data.source import BagSource
+from lightning_entropy.data.split_data import SplitData
 from lightning_entropy.data.split_plan import plan_splits
 from lightning_entropy.data.standardizing import feature_moments
-from lightning_entropy.training.lightning import LightningDataModule
 from lightning_entropy.verbosity import announce
 
 
-class SlideBags(LightningDataModule):
+class SlideBags(SplitData[BagSource, BagDataset]):
     """Bags of instance features with one label each.
 
     Without arguments it holds the generated digit bags, so that everything can be tried before there are
@@ -70,6 +68,8 @@ class SlideBags(LightningDataModule):
         >>> next(iter(bags.train_dataloader()))["features"].shape
         torch.Size([2, 150, 80])
     """
+
+    items = "bags"
 
     def __init__(
         self,
@@ -132,51 +132,12 @@ class SlideBags(LightningDataModule):
         self.predict_split = predict_split
         self.options = dict(options or {})
         self._wanted_classes = None if classes is None else [str(name) for name in classes]
-        self._source: BagSource | None = None
         self._moments: tuple[Tensor, Tensor] | None = None
-        self._splits: dict[str, BagDataset] = {}
-
-    @property
-    def source(self) -> BagSource:
-        """Where the bags are read from."""
-        if self._source is None:
-            raise RuntimeError("SlideBags has read nothing yet: call setup() first (a Trainer does)")
-        return self._source
 
     @property
     def in_features(self) -> int:
         """Width of the features."""
         return self.source.in_features
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes."""
-        return self.source.classes
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.source.classes)
-
-    def _split(self, name: str) -> BagDataset:
-        if name not in self._splits:
-            raise RuntimeError(f"SlideBags has no {name} bags yet: call setup() first (a Trainer does)")
-        return self._splits[name]
-
-    @property
-    def train(self) -> BagDataset:
-        """Bags that train."""
-        return self._split("train")
-
-    @property
-    def val(self) -> BagDataset:
-        """Bags that validate."""
-        return self._split("val")
-
-    @property
-    def test(self) -> BagDataset:
-        """Bags that test."""
-        return self._split("test")
 
     def prepare_data(self) -> None:
         """Read the table and check the files: on one process, before the others start."""
@@ -222,22 +183,7 @@ class SlideBags(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled bags with sampled instances; another order and other instances in every epoch."""
-        trainer = self.trainer
-        ranks = None if trainer is None else trainer.distributed_sampler_kwargs
-        sampler = EpochSampler(self.train, seed=self.seed, **(ranks or {}))
-        return ResumableLoader(self.train, sampler=sampler, **self._loader_options())
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All instances of the validation bags; no loader when there are none."""
-        return self._evaluation_loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All instances of the test bags; no loader when there are none."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All instances of all bags, or of those of ``predict_split``."""
-        return self._evaluation_loader("predict")
+        return ResumableLoader(self.train, sampler=self._train_sampler(), **self._loader_options())
 
     def state_dict(self) -> dict[str, Any]:
         """What the features were standardized with, so that a checkpoint can be applied to other slides."""
@@ -275,21 +221,7 @@ class SlideBags(LightningDataModule):
         return BagDataset(self.source, indices=indices, max_instances=max_instances, seed=self.seed, mean=mean, std=std)
 
     def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": collate_bags,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.pin_memory,
-            # A generator of its own: reading bags takes nothing from the random numbers of the training.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-    def _evaluation_loader(self, split: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        dataset = self._split(split)
-        if len(dataset) == 0:
-            return []
-        return DataLoader(dataset, shuffle=False, **self._loader_options())
+        return {**super()._loader_options(), "collate_fn": collate_bags}
 
 
 __all__ = ["SlideBags"]
