@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_entropy.observe.selection import as_patterns, match_modules
+from lightning_entropy.observe.weight_matrices import is_conv1d
 from lightning_entropy.surgery.attention_modules import attention_modules
-from lightning_entropy.surgery.matrix_weights import is_conv1d
 from lightning_entropy.surgery.report import SurgeryReport
 
 

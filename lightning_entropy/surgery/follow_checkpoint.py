@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_entropy.surgery.matrix_weights import matrix_weights
+from lightning_entropy.observe.weight_matrices import matrix_weights
 from lightning_entropy.surgery.report import Change, Refusal, SurgeryReport
 from lightning_entropy.surgery.spectral_weight import SpectralWeight, original, rescale, spectral_weights, unscale
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from lightning_entropy.observe.selection import as_patterns
-from lightning_entropy.surgery.follow_checkpoint import FollowCheckpoint, stored_weights
-from lightning_entropy.surgery.matrix_weights import (
+from lightning_entropy.observe.weight_matrices import (
     MatrixWeight,
     is_conv1d,
     matrix_weights,
     parameter_names,
     why_no_matrix,
 )
+from lightning_entropy.surgery.follow_checkpoint import FollowCheckpoint, stored_weights
 from lightning_entropy.surgery.report import Change, Refusal, SurgeryReport
 from lightning_entropy.surgery.spectral_weight import (
     SpectralWeight,

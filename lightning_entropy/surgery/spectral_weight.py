@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_entropy.functional.spectrum import power_iteration, top_singular_vectors
-from lightning_entropy.surgery.matrix_weights import MatrixWeight, is_conv1d
+from lightning_entropy.observe.weight_matrices import MatrixWeight, is_conv1d
 
 _SMALLEST = 1e-30  # a smaller sigma counts as this: a weight that training has made 0 stays 0 and gives no NaN
 

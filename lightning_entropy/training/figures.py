@@ -23,6 +23,7 @@ from lightning_entropy.training.files import atomic_write
 from lightning_entropy.training.lightning import Trainer, submodule
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # matplotlib writes its version or the time into a file; without them equal figures are equal files.
@@ -105,6 +106,22 @@ def close_figure(figure: Figure) -> None:
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is not None:
         pyplot.close(figure)
+
+
+def axes_or_new(ax: Axes | None) -> tuple[Figure, Axes]:
+    """The axes and their figure, or new ones without pyplot.
+
+    Args:
+        ax: axes to draw on; ``None`` for a new figure.
+    """
+    from matplotlib.figure import Figure
+
+    if ax is None:
+        ax = Figure(figsize=(5, 3.5), layout="constrained").add_subplot()
+    figure = ax.figure
+    while not isinstance(figure, Figure):  # axes of a part of a figure
+        figure = figure.figure
+    return figure, ax
 
 
 def _hand_over(logger: Any, tag: str, parts: list[str], figure: Figure, step: int) -> str | None:

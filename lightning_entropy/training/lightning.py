@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 def _distribution() -> str:
@@ -76,6 +76,14 @@ def is_compiled(module: LightningModule) -> bool:
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in module.modules())
 
 
+def training_loader(trainer: Trainer) -> Any:
+    """A training loader as the fit will ask for one, before it has; a loader that was passed is that very one."""
+    source = trainer.fit_loop._data_source
+    if not source.is_defined():
+        raise MisconfigurationException("there is no training data: neither a loader nor a train_dataloader method")
+    return source.dataloader()
+
+
 def returns_to_another_process(trainer: Trainer) -> bool:
     """Whether the run is in a process that Lightning spawned, which gives its weights back to the one that waits."""
     launchers = submodule("strategies.launchers")
@@ -99,4 +107,5 @@ __all__ = [
     "returns_to_another_process",
     "seed_everything",
     "submodule",
+    "training_loader",
 ]

@@ -10,7 +10,7 @@ _CONTEXTS = "_contexts_of_the_next_call"
 
 
 def around_next_call(
-    instance: Any, name: str, context: Callable[[], AbstractContextManager[Any]]
+    instance: Any, name: str, context: Callable[..., AbstractContextManager[Any]], *, arguments: bool = False
 ) -> Callable[[], None]:
     """Run the next call of ``instance.name(...)`` inside ``context()``, once.
 
@@ -21,6 +21,7 @@ def around_next_call(
         instance: any object with a ``__dict__``.
         name: the method.
         context: makes the context in which the call is to run.
+        arguments: give ``context`` the arguments of the call.
 
     Returns:
         A function that withdraws the request; it may be called at any moment and more than once.
@@ -43,12 +44,17 @@ def around_next_call(
     shadow = instance.__dict__.get(name)
     if getattr(shadow, _CONTEXTS, None) is None:
         shadow = _shadow(instance, name)
-    contexts: list[Callable[[], AbstractContextManager[Any]]] = getattr(shadow, _CONTEXTS)
-    contexts.append(context)
+    contexts: list[Callable[..., AbstractContextManager[Any]]] = getattr(shadow, _CONTEXTS)
+
+    def make(*args: Any, **given: Any) -> AbstractContextManager[Any]:
+        made: AbstractContextManager[Any] = context(*args, **given) if arguments else context()
+        return made
+
+    contexts.append(make)
 
     def withdraw() -> None:
-        if context in contexts:
-            contexts.remove(context)
+        if make in contexts:
+            contexts.remove(make)
             if not contexts:
                 _uncover(instance, name, shadow)
 
@@ -68,7 +74,7 @@ def _shadow(instance: Any, name: str) -> Callable[..., Any]:
         _uncover(instance, name, shadow)
         with ExitStack() as stack:
             for context in reversed(asked):
-                stack.enter_context(context())
+                stack.enter_context(context(*args, **arguments))
             return target(*args, **arguments)
 
     setattr(shadow, _CONTEXTS, [])

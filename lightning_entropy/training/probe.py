@@ -26,7 +26,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """
     modes = [(m, m.training) for m in module.modules()]
     buffers = [
-        (m, name, value, value._version, value.detach().clone())
+        # What a validation of Lightning's has made has no version, and nothing outside of one can write to it.
+        (m, name, value, None if value.is_inference() else value._version, value.detach().clone())
         for m in module.modules()
         for name, value in m._buffers.items()
         if value is not None
@@ -41,7 +42,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
                 m.training = mode
             for m, name, value, version, kept in buffers:
                 m._buffers[name] = value
-                if value._version != version:
+                if version is not None and value._version != version:
                     value.copy_(kept)
 
 

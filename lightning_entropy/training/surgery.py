@@ -49,6 +49,7 @@ class SurgeryCallback(Callback, ABC):
         super().__init__()
         self.report: SurgeryReport | None = None
         self._operated: list[tuple[str, weakref.ref[nn.Module]]] = []
+        self._new_parameters: list[weakref.ref[nn.Parameter]] = []
         self._withdraw: list[Callable[[], None]] = []
 
     @abstractmethod
@@ -66,6 +67,11 @@ class SurgeryCallback(Callback, ABC):
         """
         return []
 
+    def added_parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """Parameters of the surgery, which a method that chooses what is trained leaves trained."""
+        added = [parameter for reference in self._new_parameters if (parameter := reference()) is not None]
+        return [*added, *(p for p in self.parameters_without_decay(module) if not any(p is q for q in added))]
+
     @property
     def name(self) -> str:
         """The class's name, for messages."""
@@ -78,11 +84,7 @@ class SurgeryCallback(Callback, ABC):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask to operate when the model exists."""
-        if trainer.strategy.restore_checkpoint_after_setup:
-            raise MisconfigurationException(
-                f"{self.name} changes the model, and {type(trainer.strategy).__name__} shards it and restores "
-                "checkpoints only after that. Use DDP or a single device, or change the model in the module's __init__."
-            )
+        self._refuse_sharding(trainer)
         self._forget_requests()
         requests: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
             ("configure_model", lambda: self._when_configured(pl_module))
@@ -92,12 +94,23 @@ class SurgeryCallback(Callback, ABC):
             requests.append(("configure_optimizers", lambda: without_weight_decay(kept)))
         self._withdraw = [around_next_call(pl_module, name, context) for name, context in requests]
 
+    def _refuse_sharding(self, trainer: Trainer) -> None:
+        if trainer.strategy.restore_checkpoint_after_setup:
+            raise MisconfigurationException(
+                f"{self.name} changes the model, and {type(trainer.strategy).__name__} shards it and restores "
+                "checkpoints only after that. Use DDP or a single device, or change the model in the module's __init__."
+            )
+
     @contextmanager
     def _when_configured(self, module: nn.Module) -> Iterator[None]:
         yield
         if not self._is_operated(module):
             self._check_weights(module)
+            known = {id(parameter) for parameter in module.parameters()}
             self.report = self.operate(module)
+            self._new_parameters = [
+                weakref.ref(parameter) for parameter in module.parameters() if id(parameter) not in known
+            ]
             self._operated = [("", weakref.ref(module))]
             for change in self.report.changes:
                 self._operated.append((change.module, weakref.ref(module.get_submodule(change.module))))
@@ -153,7 +166,7 @@ class SurgeryCallback(Callback, ABC):
         return {} if self.report is None else {"report": self.report.record()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_operated": [], "_withdraw": []}
+        return {**self.__dict__, "_operated": [], "_new_parameters": [], "_withdraw": []}
 
 
 __all__ = ["SurgeryCallback"]

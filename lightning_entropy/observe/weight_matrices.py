@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_entropy.observe.selection import match_modules
 
 # Modules with these names hold q, k and v in three equal parts, one after the other. Others interleave them by head.
-_FUSED = {"qkv", "to_qkv", "Wqkv", "c_attn", "in_proj"}
+FUSED_QKV = {"qkv", "to_qkv", "Wqkv", "c_attn", "in_proj"}
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads")
 
 
@@ -54,7 +54,7 @@ def matrix_weights(model: nn.Module, *, patterns: list[str] | None, split_qkv: b
     Raises:
         ValueError: if a pattern matches no module or no such weight, or the model has none.
     """
-    found = [weight for name, module in model.named_modules() for weight in _weights(model, name, module, split_qkv)]
+    found = [weight for name, module in model.named_modules() for weight in weights_of(model, name, module, split_qkv)]
     if not found:
         kinds = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -78,7 +78,18 @@ def matrix_weights(model: nn.Module, *, patterns: list[str] | None, split_qkv: b
     return [weight for weight in found if weight.name in chosen]
 
 
-def _weights(model: nn.Module, name: str, module: nn.Module, split_qkv: bool) -> Iterator[MatrixWeight]:
+def weights_of(model: nn.Module, name: str, module: nn.Module, split_qkv: bool) -> Iterator[MatrixWeight]:
+    """The matrices that one module keeps: a linear layer, a convolution, the input projections of attention.
+
+    Args:
+        model: that contains it.
+        name: dotted name of the module.
+        module: any module; most have none.
+        split_qkv: tell fused projections of q, k and v as three parts.
+
+    Yields:
+        One weight a tensor.
+    """
     if isinstance(module, nn.MultiheadAttention):
         tensors = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
     elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(module):
@@ -93,11 +104,14 @@ def _weights(model: nn.Module, name: str, module: nn.Module, split_qkv: bool) ->
 
 def _is_fused_qkv(model: nn.Module, name: str, module: nn.Module) -> bool:
     holder, _, own = name.rpartition(".")
-    if own not in _FUSED or isinstance(module, nn.modules.conv._ConvNd):
+    if own not in FUSED_QKV or isinstance(module, nn.modules.conv._ConvNd):
         return False
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.dim() != 2 or (weight.shape[1] if is_conv1d(module) else weight.shape[0]) % 3:
+    outputs = getattr(module, "out_features", None)  # the tensor itself may be packed
+    if outputs is None:
+        outputs = weight.shape[1] if is_conv1d(module) else weight.shape[0]
+    if outputs % 3:
         return False
     attention = model.get_submodule(holder)
     for source in (attention, getattr(attention, "config", None)):
@@ -147,4 +161,12 @@ def parameter_names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-__all__ = ["MatrixWeight", "is_conv1d", "matrix_weights", "parameter_names", "why_no_matrix"]
+__all__ = [
+    "FUSED_QKV",
+    "MatrixWeight",
+    "is_conv1d",
+    "matrix_weights",
+    "parameter_names",
+    "weights_of",
+    "why_no_matrix",
+]
