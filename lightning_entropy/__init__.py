@@ -30,8 +30,24 @@ if TYPE_CHECKING:
         sigma_reparametrize,
         use_softplus_attention,
     )
-    from lightning_entropy.data import ImageSet, SlideBags
-    from lightning_entropy.recipes import MILClassifier, ViTClassifier
+    from lightning_entropy.data import ImageSet, SlideBags, TextSet, TextStream
+    from lightning_entropy.finetuning import (
+        ForgettingMonitor,
+        KappaTune,
+        diagnose_layers,
+        select_modules,
+        spectral_report,
+    )
+    from lightning_entropy.localization import (
+        BackgroundActivationSuppression,
+        ForegroundGenerator,
+        GTKnownLocalization,
+        MaxBoxAccuracy,
+        MaxBoxAccuracyV2,
+        PixelAveragePrecision,
+        TopKLocalization,
+    )
+    from lightning_entropy.recipes import CausalLM, MILClassifier, TextClassifier, ViTClassifier
 
 try:
     __version__ = version("lightning-entropy")
@@ -39,6 +55,13 @@ except PackageNotFoundError:  # a source tree that was put on the path without b
     __version__ = "0+unknown"
 
 _EXPORTS = {
+    "BackgroundActivationSuppression": "localization",
+    "ForegroundGenerator": "localization",
+    "GTKnownLocalization": "localization",
+    "MaxBoxAccuracy": "localization",
+    "MaxBoxAccuracyV2": "localization",
+    "PixelAveragePrecision": "localization",
+    "TopKLocalization": "localization",
     "ActivationEntropyMonitor": "activation",
     "ActivationSwap": "activation",
     "CRReLU": "activation",
@@ -57,39 +80,75 @@ _EXPORTS = {
     "scale_attention": "attention",
     "sigma_reparametrize": "attention",
     "use_softplus_attention": "attention",
+    "ForgettingMonitor": "finetuning",
+    "KappaTune": "finetuning",
+    "diagnose_layers": "finetuning",
+    "select_modules": "finetuning",
+    "spectral_report": "finetuning",
+    "CausalLM": "recipes",
     "ImageSet": "data",
     "MILClassifier": "recipes",
     "SlideBags": "data",
+    "TextClassifier": "recipes",
+    "TextSet": "data",
+    "TextStream": "data",
     "ViTClassifier": "recipes",
     **{
         room: room
-        for room in ("activation", "attention", "data", "functional", "observe", "recipes", "surgery", "training")
+        for room in (
+            "activation",
+            "attention",
+            "data",
+            "finetuning",
+            "functional",
+            "localization",
+            "observe",
+            "recipes",
+            "surgery",
+            "training",
+        )
     },
 }
 
 __all__ = [
+    "ForegroundGenerator",
     "ActivationEntropyMonitor",
     "ActivationSwap",
     "AttentionEntropyMaximization",
     "AttentionEntropyMonitor",
     "AttentionEntropyRegularizer",
     "AttentionEntropyScaling",
+    "BackgroundActivationSuppression",
     "CRReLU",
+    "CausalLM",
     "ImageSet",
     "EntropyGuidedSurgery",
+    "ForgettingMonitor",
+    "KappaTune",
+    "GTKnownLocalization",
     "LearnableTemperature",
     "MILClassifier",
+    "MaxBoxAccuracy",
+    "MaxBoxAccuracyV2",
+    "PixelAveragePrecision",
     "SigmaReparam",
     "SlideBags",
     "SoftplusAttention",
+    "TextClassifier",
+    "TextSet",
+    "TextStream",
+    "TopKLocalization",
     "ViTClassifier",
     "__version__",
     "add_learnable_temperature",
     "attention_entropy_report",
+    "diagnose_layers",
     "register_softplus_attention",
     "scale_attention",
+    "select_modules",
     "set_verbosity",
     "sigma_reparametrize",
+    "spectral_report",
     "swap_activations",
     "use_softplus_attention",
 ]
