@@ -26,6 +26,7 @@ COMMANDS = {
     "recipes": "list the packaged recipes",
     "compare": "methods x folds x seeds: table, intervals, curves; continues where it was stopped",
     "heatmap": "attention of a checkpoint over a slide",
+    "diagnose": "attention, gradients, activations and spectra of a model: report.html, and what to do first",
 }
 USAGE = """usage: lightning-entropy COMMAND [options]
 
@@ -35,6 +36,7 @@ USAGE = """usage: lightning-entropy COMMAND [options]
   lightning-entropy test --recipe mil --ckpt_path best
   lightning-entropy fit --recipe vit --activation crrelu
   lightning-entropy compare --recipe mil_digits --vary aem=off,constant,cosine --seeds 5
+  lightning-entropy diagnose --model timm:vit_small_patch16_224 --checkpoint last.ckpt --data images/
 
 COMMAND --help shows the options of a command; --version the version.
 """
@@ -244,13 +246,12 @@ def _compare(arguments: list[str]) -> None:
     print(f"results: {options.output}/{', '.join(files)}")
 
 
-def _heatmap(arguments: list[str]) -> None:
-    from lightning_entropy.recipes import heatmap
-
-    parser = argparse.ArgumentParser("lightning-entropy heatmap", description=COMMANDS["heatmap"])
-    heatmap.add_arguments(parser)
+def _report(command: str, module: str, arguments: list[str]) -> None:
+    implementation = import_module(f"lightning_entropy.recipes.{module}")
+    parser = argparse.ArgumentParser(f"lightning-entropy {command}", description=COMMANDS[command])
+    implementation.add_arguments(parser)
     try:
-        heatmap.run(parser.parse_args(arguments))
+        implementation.run(parser.parse_args(arguments))
     except (ImportError, ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
 
@@ -268,7 +269,9 @@ def _dispatch(arguments: list[str]) -> None:
     elif command == "compare":
         _compare(rest)
     elif command == "heatmap":
-        _heatmap(rest)
+        _report(command, "heatmap", rest)
+    elif command == "diagnose":
+        _report(command, "diagnosis.command", rest)
     else:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

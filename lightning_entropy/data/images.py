@@ -12,7 +12,7 @@ from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.split_data import SplitData
-from lightning_entropy.data.splits import stratified_folds, stratified_split
+from lightning_entropy.data.split_items import check_split_arguments, split_items
 from lightning_entropy.verbosity import announce
 
 
@@ -120,13 +120,7 @@ class ImageSet(SplitData[ImageSource, ImageDataset]):
             ),
             words=(),
         )
-        if (fold is not None) and (folds is None or fold >= folds):
-            raise ValueError(f"fold must be under folds, got fold={fold}, folds={folds}")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(
-                "val_fraction and test_fraction must be at least 0 and leave images to train on, got "
-                f"{val_fraction} and {test_fraction}"
-            )
+        check_split_arguments("images", fold=fold, folds=folds, val_fraction=val_fraction, test_fraction=test_fraction)
         self.images = str(images)
         self._wanted_size = image_size
         self.fold, self.folds = fold, folds
@@ -156,42 +150,23 @@ class ImageSet(SplitData[ImageSource, ImageDataset]):
         if self._splits:
             return
         self._source = source = open_images(self.images, image_size=self._wanted_size)
-        part = self._parts(source)
+        part = split_items(
+            source.labels,
+            source.splits,
+            items=self.items,
+            about=self.images,
+            fold=self.fold,
+            folds=self.folds,
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+        )
         for name in SPLITS:
             self._splits[name] = ImageDataset(source, indices=[i for i, own in enumerate(part) if own == name])
         self._splits["predict"] = ImageDataset(source, indices=range(len(part)))
         counts = ", ".join(f"{len(self._splits[name]):,} {name}" for name in SPLITS)
         shape = f"{source.channels} x {source.size} x {source.size}"
         announce(f"ImageSet({self.images}): {counts} images of {shape}, {len(source.classes)} classes")
-
-    def _parts(self, source: ImageSource) -> list[str]:
-        """The split of each image."""
-        if source.splits is not None and self.fold is not None:
-            raise ValueError(f"fold={self.fold} cannot be used: {self.images} has folders for its splits")
-        part = list(source.splits) if source.splits is not None else [""] * len(source.labels)
-        if self.fold is not None and self.folds is not None:
-            folds = stratified_folds(source.labels, folds=self.folds, seed=self.seed)
-            part = ["test" if number == self.fold else "" for number in folds]
-        elif source.splits is None:
-            part = self._deal(source, part, "test", self.test_fraction)
-        if "val" not in part and self.val_fraction > 0:
-            part = ["" if own == "train" else own for own in part]
-            part = self._deal(source, part, "val", self.val_fraction)
-        return [own or "train" for own in part]
-
-    def _deal(self, source: ImageSource, part: list[str], name: str, fraction: float) -> list[str]:
-        """Give a share of all images, drawn from those that have no split yet, to one."""
-        free = [i for i, own in enumerate(part) if not own]
-        share = fraction * len(part) / len(free)
-        if share == 0:
-            return part
-        if share >= 1:
-            raise ValueError(f"{name}_fraction={fraction} leaves no images to train on in {self.images}")
-        # Another stream for validation than for testing, from the same seed.
-        seed = self.seed + (1_000_003 if name == "val" else 0)
-        dealt = stratified_split([source.labels[i] for i in free], fractions=(1 - share, share), seed=seed)
-        chosen = {i for i, number in zip(free, dealt) if number == 1}
-        return [name if i in chosen else own for i, own in enumerate(part)]
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled images; another order in every epoch."""

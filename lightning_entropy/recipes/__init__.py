@@ -8,20 +8,33 @@ from lightning_entropy.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from lightning_entropy.recipes.abmil import ABMIL
+    from lightning_entropy.recipes.causal_lm import CausalLM
     from lightning_entropy.recipes.comparison import compare
     from lightning_entropy.recipes.comparison_result import Comparison, joint_table
     from lightning_entropy.recipes.mil import MILClassifier
+    from lightning_entropy.recipes.text_classifier import TextClassifier
     from lightning_entropy.recipes.vit import ViTClassifier
 
 _EXPORTS = {
     "ABMIL": "abmil",
+    "CausalLM": "causal_lm",
     "Comparison": "comparison_result",
     "MILClassifier": "mil",
+    "TextClassifier": "text_classifier",
     "ViTClassifier": "vit",
     "compare": "comparison",
     "joint_table": "comparison_result",
 }
 
-__all__ = ["ABMIL", "Comparison", "MILClassifier", "ViTClassifier", "compare", "joint_table"]
+__all__ = [
+    "ABMIL",
+    "CausalLM",
+    "Comparison",
+    "MILClassifier",
+    "TextClassifier",
+    "ViTClassifier",
+    "compare",
+    "joint_table",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -22,7 +22,9 @@ class Recipe:
         select: what a comparison tests, the ``"best"`` checkpoint or the ``"last"`` epoch, where it is not told.
         by_step: shell patterns of the logged names whose value at every logged step a comparison keeps.
         report: dotted path of a module with ``summarize(record)``, more metrics of a run from its record, and
-            ``draw(comparison)`` and ``numbers(comparison)``, one more figure of a comparison and what it shows.
+            ``draw(comparison)`` and ``numbers(comparison)``, one more figure of a comparison and what it shows; and
+            where wanted ``observed(trainer)``, more entries of a record from the Trainer after its fit, and
+            ``across(records)``, more metrics of every run from the records of all.
         file: the configuration, where it is not a packaged one.
     """
 
@@ -90,6 +92,22 @@ RECIPES = (
         model="lightning_entropy.recipes.ViTClassifier",
         data="lightning_entropy.data.ImageSet",
         select="last",
+    ),
+    Recipe(
+        "kappatune-text",
+        "MiniLM learns the sentiment of sentences: what KappaTune, LoRA and full fine-tuning forget",
+        model="lightning_entropy.recipes.TextClassifier",
+        data="lightning_entropy.data.TextSet",
+        select="last",
+        report="lightning_entropy.recipes.forgetting",
+    ),
+    Recipe(
+        "kappatune-lm",
+        "a decoder reads a novel: the same arms, and the perplexity of other text; for a GPU",
+        model="lightning_entropy.recipes.CausalLM",
+        data="lightning_entropy.data.TextStream",
+        select="last",
+        report="lightning_entropy.recipes.forgetting",
     ),
 )
 

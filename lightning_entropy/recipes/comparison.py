@@ -23,7 +23,7 @@ from lightning_entropy.data.embedded import EMBEDDED, is_generated
 from lightning_entropy.recipes.catalog import Recipe, find_recipe
 from lightning_entropy.recipes.comparison_result import Comparison
 from lightning_entropy.recipes.run_record import fingerprint, read_record, train_and_test
-from lightning_entropy.recipes.variants import changed, read_yaml, variants
+from lightning_entropy.recipes.variants import changed, read_yaml, variants, with_seed
 from lightning_entropy.training.figures import write_figure
 from lightning_entropy.training.files import atomic_write
 from lightning_entropy.verbosity import announce
@@ -78,7 +78,7 @@ def plan_jobs(
     for seed in seeds:
         for fold in range(folds) if folds else [None]:
             for slug, (variant, changes) in zip(slugs, named.items()):
-                settings: dict[str, Any] = {**changes, "seed_everything": seed, "data.seed": seed}
+                settings: dict[str, Any] = {**with_seed(changes, seed), "seed_everything": seed, "data.seed": seed}
                 if fold is not None:
                     settings |= {"data.fold": fold, "data.folds": folds}
                 fold_part = "" if fold is None else f"-fold{fold}"
@@ -178,6 +178,14 @@ def _independent(config: Mapping[str, Any]) -> bool:
     return name.startswith("embedded:") and kind in EMBEDDED and is_generated(kind)
 
 
+def _add_numbers_across(recipe: Recipe, records: Sequence[dict[str, Any]]) -> None:
+    """Metrics of every run that its report can give only beside the others; they are in no run's file."""
+    across = None if recipe.report is None else getattr(import_module(recipe.report), "across", None)
+    if across is not None:
+        for record, more in zip(records, across(records)):
+            record["metrics"] = {**record["metrics"], **more}
+
+
 def _write_report(recipe: Recipe, comparison: Comparison, folder: Path) -> None:
     """The figure that a recipe adds, and its numbers."""
     if recipe.report is None:
@@ -260,6 +268,7 @@ def compare(
         if record is None:
             raise RuntimeError(f"{job.path} was written and cannot be read")
         records.append(record)
+    _add_numbers_across(chosen, records)
     comparison = Comparison(
         recipe=chosen.name,
         runs=records,

@@ -24,8 +24,9 @@ _PANELS = {
     "val/instance_auc": "instance AUC of attention, validation",
     "val/coverage": "coverage of key instances, validation",
 }
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+# Okabe and Ito's colours, which colour-blind readers tell apart, and two more for comparisons of many.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#888888", "#7F3C00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
 def interval_figure(panels: Mapping[str, Sequence[tuple[str, PairedDifference]]], *, baseline: str) -> Figure:
@@ -113,4 +114,4 @@ def curve_figure(curves: Mapping[str, Sequence[Curves]]) -> Figure:
     return figure
 
 
-__all__ = ["COLORS", "curve_figure", "interval_figure", "mean_and_spread"]
+__all__ = ["COLORS", "MARKERS", "curve_figure", "interval_figure", "mean_and_spread"]

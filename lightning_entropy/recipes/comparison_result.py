@@ -7,37 +7,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_entropy.recipes.comparison_figures import curve_figure, interval_figure
+from lightning_entropy.recipes.comparison_table import MAIN_METRICS, METRICS, joint_table
 from lightning_entropy.recipes.paired_statistics import PairedDifference, paired_difference
 from lightning_entropy.training.figures import write_figure
 from lightning_entropy.training.files import atomic_write
-
-# name -> (heading, direction in which it is better)
-METRICS = {
-    "accuracy": ("accuracy", 1),
-    "auc": ("AUC", 1),
-    "f1": ("macro F1", 1),
-    "balanced_accuracy": ("bal. acc.", 1),
-    "loss": ("cross-entropy", -1),
-    "entropy": ("entropy", 0),
-    "normalized_entropy": ("H/log N", 0),
-    "effective_number": ("effective N", 0),
-    "instance_auc": ("inst. AUC", 1),
-    "coverage": ("coverage", 1),
-    "key_mass": ("key mass", 0),
-    "train_loss": ("train. loss", -1),
-    "lowest_entropy": ("lowest H/log N", 0),
-    "final_entropy": ("final H/log N", 0),
-    "collapsed": ("collapsed heads", -1),
-    "overloaded": ("uniform heads", 0),
-    "diverged": ("diverged", -1),
-}
-MAIN_METRICS = tuple(m for m in METRICS if m not in ("balanced_accuracy", "normalized_entropy", "key_mass"))
 
 
 @dataclass(frozen=True)
@@ -55,18 +34,6 @@ class Summary:
     std: float
     runs: int
     difference: PairedDifference | None
-
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 2 else 3
-    return f"{value:.{digits}f}"
-
-
-def _signed(value: float) -> str:
-    number = _number(abs(value))
-    return ("-" if value < 0 else "+") + (number[1:] if number.startswith("0.") else number)
 
 
 def _json_safe(value: float) -> float | None:
@@ -253,44 +220,6 @@ class Comparison:
         write_figure(self.plot_curves(), place / "curves.png")
         if len(self.variants) > 1:
             write_figure(self.plot(), place / "intervals.png")
-
-
-def joint_table(comparisons: Mapping[str, Comparison], metrics: Sequence[str] | None = None, *, title: str = "") -> Any:
-    """Several comparisons as one ``rich`` table: a section a comparison, a row a metric, a column a variant.
-
-    Args:
-        comparisons: heading of the section -> comparison; each is compared to its own baseline.
-        metrics: which; ``None`` for the main ones.
-        title: heading of the table.
-    """
-    from rich.table import Table
-
-    names = list(dict.fromkeys(name for comparison in comparisons.values() for name in comparison.variants))
-    table = Table(title=title, show_lines=True)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for heading, comparison in comparisons.items():
-        if heading:
-            table.add_row(f"[bold]{heading}[/bold]", *[""] * len(names))
-        for metric in MAIN_METRICS if metrics is None else metrics:
-            if metric in comparison.metrics:
-                cells = [_cell(comparison.summary(name, metric)) for name in names]
-                table.add_row(METRICS.get(metric, (metric, 0))[0], *cells)
-    return table
-
-
-def _cell(summary: Summary | None) -> str:
-    if summary is None:
-        return "-"
-    first = f"{_number(summary.mean)}±{_number(summary.std)}"
-    d = summary.difference
-    if d is None:
-        return first
-    lines = [first, _signed(d.mean) + ("" if d.wins is None else f" {d.wins}/{d.pairs}")]
-    if not math.isnan(d.low):
-        lines.append(f"\\[{_signed(d.low)},{_signed(d.high)}]")
-    return "\n".join(lines)
 
 
 __all__ = ["MAIN_METRICS", "METRICS", "Comparison", "Summary", "joint_table"]

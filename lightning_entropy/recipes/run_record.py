@@ -50,12 +50,19 @@ class CurveRecorder(Callback):
     """Keeps every epoch's logged numbers.
 
     ``curves[name]`` has one entry an epoch, ``None`` where there was none. What is logged by step has the value of
-    the epoch's last step.
+    the epoch's last step. ``before[name]`` is what a validation before training gave, where ``num_sanity_val_steps`` is
+    -1, so that it saw all of the data.
     """
 
     def __init__(self) -> None:
         self.curves: dict[str, list[float | None]] = {}
+        self.before: dict[str, float | None] = {}
         self._epochs = 0
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the model gives before it is trained."""
+        if math.isinf(trainer.num_sanity_val_steps):  # Lightning's form of -1
+            self.before = {name: _finite(value) for name, value in trainer.callback_metrics.items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the numbers of the epoch."""
@@ -161,8 +168,9 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
             ``"last"`` epoch (no checkpoint is written).
 
     Returns:
-        ``metrics`` of the test bags, ``curves`` by epoch, ``steps`` where the recipe asks for them, ``best_epoch``,
-        ``seconds``, number of bags, versions.
+        ``metrics`` of the test bags, ``curves`` by epoch, ``before`` training, ``steps`` where the recipe asks for
+        them, ``best_epoch``, ``seconds``, number of bags, ``trained_parameters`` (how many numbers the optimizers had),
+        versions.
 
     Raises:
         ValueError: if the configuration is wrong, or ``"best"`` is wanted without a monitored checkpoint.
@@ -180,6 +188,10 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
         if trainer.interrupted:
             raise KeyboardInterrupt
         fit_seconds = time.perf_counter() - start
+        trained = sum(p.numel() for o in trainer.optimizers for group in o.param_groups for p in group["params"])
+        report = None if recipe.report is None else import_module(recipe.report)
+        observe: Any = getattr(report, "observed", None)
+        observed = {} if observe is None else observe(trainer)
         trainer.loggers = []  # what is logged while testing belongs to no step
         best_epoch = None
         if select == "best":
@@ -196,16 +208,19 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
             name.removeprefix("test/"): _finite(value) for name, value in tested.items() if name.startswith("test/")
         },
         "curves": recorder.curves,
+        "before": recorder.before,
         **({"steps": steps.values} if recipe.by_step else {}),
         "best_epoch": best_epoch,
         "bags": bags,
+        "trained_parameters": trained,
         "seconds": round(time.perf_counter() - start, 3),
         "fit_seconds": round(fit_seconds, 3),
         "versions": versions(),
         "device": str(trainer.strategy.root_device),
     }
-    if recipe.report is not None:
-        record["metrics"] |= import_module(recipe.report).summarize(record)
+    if report is not None:
+        record |= observed
+        record["metrics"] |= report.summarize(record)
     return record
 
 

@@ -88,6 +88,15 @@ def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return result
 
 
+def with_seed(value: Any, seed: int) -> Any:
+    """A copy of a value in which the text ``"{seed}"`` is the number of the run's seed, wherever it stands."""
+    if isinstance(value, Mapping):
+        return {key: with_seed(part, seed) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_seed(part, seed) for part in value]
+    return seed if value == "{seed}" else value
+
+
 def _choices(recipe: Recipe, key: str, values: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
     sections = read_yaml(recipe.variants_path) if recipe.variants_path.is_file() else {}
     if key in sections:
@@ -133,4 +142,4 @@ def variants(recipe: Recipe, vary: Mapping[str, Sequence[Any]]) -> dict[str, dic
     return result
 
 
-__all__ = ["change", "changed", "parse_value", "read_yaml", "variants"]
+__all__ = ["change", "changed", "parse_value", "read_yaml", "variants", "with_seed"]

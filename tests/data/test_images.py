@@ -114,7 +114,7 @@ def test_folders_of_splits(folder: Path) -> None:
     assert {name.split("/")[0] for name in images.test.names} == {"test"}
     assert {name.split("/")[0] for name in images.train.names + images.val.names} == {"train"}
     assert len(images.val) == 4
-    with pytest.raises(ValueError, match=r"fold=0 cannot be used: .* has folders for its splits"):
+    with pytest.raises(ValueError, match=r"fold=0 cannot be used: .* has splits of its own"):
         ready(str(folder), fold=0, folds=2)
     (folder / "test" / "emu").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "test" / "emu" / "0.png")
