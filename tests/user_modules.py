@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class BagPool(nn.Module):
@@ -83,7 +84,7 @@ class TokenEncoder(nn.Module):
 
 
 class TokenClassifier(LightningModule):
-    """Sequences in, a cross-entropy out.
+    """Sequences in, a cross-entropy out, and an old task that it should remember.
 
     The optimizer's epsilon is large, since key biases have a gradient of rounding errors that Adam would blow up.
     """
@@ -96,6 +97,12 @@ class TokenClassifier(LightningModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(self.head(self.pool(batch["features"], batch["mask"])), batch["label"])
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.pool(features, mask))
+
+    def old_task_dataloaders(self) -> DataLoader:
+        return DataLoader(bags(count=3, dtype=self.head.weight.dtype), batch_size=None)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch)

@@ -21,7 +21,7 @@ def test_the_table_of_methods_is_current(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_method_has_a_card() -> None:
     cards = {yaml.safe_load(card.read_text(encoding="utf-8").split("---\n", 2)[1])["callback"] for card in CARDS}
-    for room in ("attention", "activation"):
+    for room in ("attention", "activation", "finetuning", "localization"):
         for name, value in vars(getattr(lightning_entropy, room)).items():
             if not (isinstance(value, type) and issubclass(value, Callback)):
                 continue
