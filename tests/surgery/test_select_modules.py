@@ -132,9 +132,9 @@ def test_the_certified_choice_is_that_of_brute_force(
     try:
         exact = quiet(model, budget=budget, normalize=normalize, certify=False)
     except ValueError as error:
-        with pytest.raises(
-            ValueError, match="can choose none" if "can choose none" in str(error) else "within the budget"
-        ):
+        # Bounds above a threshold say that nothing is within it without telling whether anything is of full rank.
+            expected = "can choose none|within the budget" if "can choose none" in str(error) else "within the budget"
+            with pytest.raises(ValueError, match=expected):
             quiet(model, budget=budget, normalize=normalize)
         return
     assert quiet(model, budget=budget, normalize=normalize).names == exact.names
