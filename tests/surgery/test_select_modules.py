@@ -132,9 +132,9 @@ def test_the_certified_choice_is_that_of_brute_force(
     try:
         exact = quiet(model, budget=budget, normalize=normalize, certify=False)
     except ValueError as error:
-        # Bounds above a threshold say that nothing is within it without telling whether anything is of full rank.
-            expected = "can choose none|within the budget" if "can choose none" in str(error) else "within the budget"
-            with pytest.raises(ValueError, match=expected):
+        # Bounds above a threshold say that nothing is within it, and not whether anything has full rank.
+        told = "can choose none|within the budget" if "can choose none" in str(error) else "within the budget"
+        with pytest.raises(ValueError, match=told):
             quiet(model, budget=budget, normalize=normalize)
         return
     assert quiet(model, budget=budget, normalize=normalize).names == exact.names
