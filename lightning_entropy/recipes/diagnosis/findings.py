@@ -77,10 +77,10 @@ def gradient_findings(layers: Sequence[str], gradients: Sequence[float], chosen:
             found.append(
                 Finding(
                     f"The gradient falls {drop} from {usable[-1][0]} to {name}{where}",
-                    "puts LoRA where attention is saturated and the gradient is lost"
+                    "puts LoRA where attention is saturated and the gradient is lost, and nowhere else"
                     if chosen
-                    else "no layer is both saturated and steep: choose layers by modules=, or train all of them",
-                    'InflectionLoRA(diagnosis="report.json")' if chosen else "InflectionLoRA(modules=...)",
+                    else "no layer is both saturated and steep; LoRA on the least specialised weights of all layers",
+                    f"KappaTune(modules={list(chosen)}, mode='lora')" if chosen else "KappaTune(mode='lora')",
                     severity if chosen else 0.6 * severity,
                 )
             )

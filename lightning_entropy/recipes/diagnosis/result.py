@@ -92,7 +92,9 @@ class ModelDiagnosis:
     def record(self) -> dict[str, Any]:
         """Plain values, without NaN or infinity."""
         sections = {
-            key: {"absent": s.absent} if s.absent else {"rows": s.rows, **(s.record or {})}  # a layer diagnosis has its own rows
+            key: {"absent": s.absent}
+            if s.absent
+            else {"rows": s.rows, **(s.record or {})}  # a layer diagnosis has its own rows
             for key, s in self.measured.items()
         }
         return _finite(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_entropy.cli import main
+from lightning_entropy.finetuning import LayerDiagnosis
 from lightning_entropy.recipes.diagnosis.batches import open_batches
 from lightning_entropy.recipes.diagnosis.measure import layers_to_read, measure
 from lightning_entropy.recipes.diagnosis.subject import Subject, load_weights, open_subject
@@ -73,6 +74,8 @@ def test_report_of_an_unmodified_model(model: str, own: str, tmp_path: Path, cap
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count('<img alt="') >= 3
     assert "http://" not in page
+    layers = LayerDiagnosis.load(tmp_path / "out" / "report.json")
+    assert layers.layers == [row["layer"] for row in record["layer_diagnosis"]["rows"]]
     assert 'src="data:image/png;base64,' in page
 
 
