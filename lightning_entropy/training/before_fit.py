@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
+from lightning_entropy.training.kept_state import generators_kept, metrics_kept, silent
 from lightning_entropy.training.lightning import (
     LightningModule,
     MisconfigurationException,
@@ -53,16 +52,12 @@ def _unmoved(loaders: list[Any]) -> Iterator[None]:
     """Loaders that are read and then stand where they stood."""
     stateful = [x for x in loaders if callable(getattr(x, "state_dict", None)) and hasattr(x, "load_state_dict")]
     states = [copy.deepcopy(loader.state_dict()) for loader in stateful]
-    holders = [h for x in loaders for h in (x, getattr(x, "sampler", None))]
-    generators = [g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)]
-    drawn = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for loader, state in zip(stateful, states):
-            loader.load_state_dict(state)
-        for generator, before in zip(generators, drawn):
-            generator.set_state(before)
+    with generators_kept(*loaders):
+        try:
+            yield
+        finally:
+            for loader, state in zip(stateful, states):
+                loader.load_state_dict(state)
 
 
 def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -81,7 +76,7 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
             f"{type(module).__name__} optimizes manually: its training_step would train. Choose without data, or pass "
             "a selection that was made beforehand."
         )
-    with _unlogged(module), _uncounted(module):
+    with silent(module), metrics_kept(module):
         output = module.training_step(batch, batch_idx)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
@@ -89,38 +84,6 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Te
             f"{type(module).__name__}.training_step returned {type(output).__name__} without a loss tensor"
         )
     return loss
-
-
-@contextmanager
-def _unlogged(module: LightningModule) -> Iterator[None]:
-    held: dict[str, Any] = {name: module.__dict__[name] for name in ("log", "log_dict") if name in module.__dict__}
-    for name in ("log", "log_dict"):
-        module.__dict__[name] = lambda *args, **arguments: None
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            del module.__dict__[name]
-        module.__dict__.update(held)
-
-
-@contextmanager
-def _uncounted(module: nn.Module) -> Iterator[None]:
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    kept = [(m, {name: _copied(getattr(m, name)) for name in m._defaults}, m._update_count) for m in metrics]
-    try:
-        yield
-    finally:
-        for metric, state, count in kept:
-            for name, value in state.items():
-                setattr(metric, name, value)
-            metric._update_count, metric._computed = count, None
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, list):
-        return list(value)
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 __all__ = ["training_batches", "training_loss"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
+from lightning_entropy.training.kept_state import generators_kept, metrics_kept, silent
 from lightning_entropy.training.lightning import LightningModule, submodule
 from lightning_entropy.training.probe import undisturbed
 
@@ -34,9 +33,9 @@ def undisturbed_backward(module: nn.Module, data: Any = None) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(undisturbed(module))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_generators(data))
+        stack.enter_context(generators_kept(data))
         stack.enter_context(_gradients(module))
-        stack.enter_context(_metrics(module))
+        stack.enter_context(metrics_kept(module))
         stack.enter_context(silent(module))
         stance = getattr(torch.compiler, "set_stance", None)
         if stance is not None:
@@ -60,56 +59,6 @@ def _gradients(module: nn.Module) -> Iterator[None]:
             current.update(before)
         for p, grad in zip(parameters, kept):
             p.grad = grad
-
-
-@contextmanager
-def _metrics(module: nn.Module) -> Iterator[None]:
-    """States of torchmetrics, which live in attributes and change in place."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    states = [
-        {name: copy.deepcopy(value) for name, value in vars(m).items() if name in m._defaults or name in _COUNTERS}
-        for m in metrics
-    ]
-    try:
-        yield
-    finally:
-        for m, state in zip(metrics, states):
-            vars(m).update(state)
-
-
-_COUNTERS = ("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache")
-
-
-@contextmanager
-def _generators(data: Any) -> Iterator[None]:
-    batch_sampler = getattr(data, "batch_sampler", None)
-    holders = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
-    states = [(g, g.get_state()) for g in found.values()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
-
-
-@contextmanager
-def silent(module: nn.Module) -> Iterator[None]:
-    """A LightningModule's ``log`` and ``log_dict`` do nothing: outside a step they are an error."""
-    if not isinstance(module, LightningModule):
-        yield
-        return
-    own = vars(module)
-    names: tuple[str, ...] = ("log", "log_dict")
-    before = {name: own[name] for name in names if name in own}
-    try:
-        for name in names:
-            own[name] = lambda *args, **kwargs: None
-        yield
-    finally:
-        for name in names:
-            own.pop(name, None)
-        own.update(before)
 
 
 def place_of(module: nn.Module) -> torch.device:
@@ -206,4 +155,4 @@ def samples_in(batch: Any) -> int:
     return 1
 
 
-__all__ = ["Loss", "loss_of", "on_device", "place_of", "run_loss", "samples_in", "silent", "undisturbed_backward"]
+__all__ = ["Loss", "loss_of", "on_device", "place_of", "run_loss", "samples_in", "undisturbed_backward"]

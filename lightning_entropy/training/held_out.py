@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_entropy.training.kept_state import generators_kept
 from lightning_entropy.training.lightning import LightningModule, MisconfigurationException, Trainer, submodule
 from lightning_entropy.training.probe import undisturbed
 
@@ -125,7 +126,7 @@ def evaluate_held_out(
     shared = world > 1 and not _deals_out(loader)
     rounds = None if limit is None else -(-limit // world)
     spare: list[Any] = []
-    with _evaluating(trainer, module), _generators_kept(loader):
+    with _evaluating(trainer, module), generators_kept(loader):
         batches = iter(loader)
         for number in itertools.count(rank, world):
             if rounds is not None and number >= rounds * world:
@@ -176,9 +177,8 @@ def _share_buffers(module: nn.Module) -> None:
     """Give all processes rank zero's buffers, those of its checkpoints: each has running statistics of its own."""
     for buffer in module.buffers():
         if not buffer.is_inference():
-            received = (
-                buffer.contiguous().clone()
-            )  # a collective changes a tensor without its version, by which it is put back
+            # A collective changes a tensor without its version, by which it is put back.
+            received = buffer.contiguous().clone()
             torch.distributed.broadcast(received, src=0)
             buffer.copy_(received)
 
@@ -191,20 +191,6 @@ def untouched_random_state() -> Iterator[None]:
         np.random.seed(_SEED)  # noqa: NPY002 - what a data set of the user's may draw from
         torch.manual_seed(_SEED)
         yield
-
-
-@contextmanager
-def _generators_kept(loader: Loader) -> Iterator[None]:
-    """Generators that the loader and its samplers draw from get their states back: training may draw from them too."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
-    states = [(g, g.get_state()) for g in found.values()]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            generator.set_state(state)
 
 
 def _deals_out(loader: Loader) -> bool:

@@ -12,7 +12,8 @@ from lightning_entropy.recipes.diagnosis.batches import open_batches
 from lightning_entropy.recipes.diagnosis.in_trainer import diagnose_module
 from lightning_entropy.recipes.diagnosis.measure import measure
 from lightning_entropy.recipes.diagnosis.result import ModelDiagnosis
-from lightning_entropy.recipes.diagnosis.subject import KINDS, load_weights, open_subject, to_device
+from lightning_entropy.recipes.diagnosis.subject import KINDS, load_weights, open_subject
+from lightning_entropy.training.diagnostic_backward import on_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,7 @@ def _of_library_model(options: argparse.Namespace) -> ModelDiagnosis:
     device = _device(options.accelerator)
     subject.module.to(device)
     told = f"{options.batch_size} {'images' if subject.takes == 'images' else 'sequences'} ({data})"
-    return measure(subject, [to_device(batch, device) for batch in batches], loaded=loaded, data=told)
+    return measure(subject, [on_device(batch, device) for batch in batches], loaded=loaded, data=told)
 
 
 def _of_module(options: argparse.Namespace) -> ModelDiagnosis:

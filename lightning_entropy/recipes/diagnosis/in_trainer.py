@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from lightning_entropy.recipes.bag_models import import_path
 from lightning_entropy.recipes.catalog import find_recipe
 from lightning_entropy.recipes.diagnosis.subject import Subject, load_weights, take
+from lightning_entropy.training.kept_state import silent
 from lightning_entropy.training.lightning import Callback, LightningDataModule, LightningModule, Trainer, cli
 
 Measure = Callable[[Subject, list[Any]], Any]
@@ -33,18 +33,8 @@ class _AtFitStart(Callback):
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         loader = (datamodule if datamodule is not None else pl_module).train_dataloader()
         found = [pl_module.transfer_batch_to_device(b, pl_module.device, 0) for b in take(loader, self.batches)]
-        with _without_logging(pl_module):
+        with silent(pl_module):
             self.result = self.measure(_subject(self.name, pl_module), found)
-
-
-@contextmanager
-def _without_logging(module: LightningModule) -> Iterator[None]:
-    """A training step may log, and Lightning takes no log before the first step."""
-    module.__dict__["log"] = lambda *args, **kwargs: None  # log_dict calls it too
-    try:
-        yield
-    finally:
-        del module.__dict__["log"]
 
 
 def _subject(name: str, module: LightningModule) -> Subject:

@@ -241,13 +241,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in stored.items() if isinstance(v, Tensor)}
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of dictionaries, lists and tensors on a device."""
-    from lightning_entropy.training.lightning import submodule
-
-    return submodule("utilities").move_data_to_device(batch, device)
-
-
 def take(batches: Iterable[Any], count: int) -> list[Any]:
     """The first batches.
 
@@ -260,4 +253,4 @@ def take(batches: Iterable[Any], count: int) -> list[Any]:
     return found
 
 
-__all__ = ["KINDS", "Subject", "load_weights", "open_subject", "take", "to_device"]
+__all__ = ["KINDS", "Subject", "load_weights", "open_subject", "take"]
