@@ -29,14 +29,14 @@ from lightning_entropy.training.fine_tuning_record import (
 from lightning_entropy.training.lightning import LightningModule, MisconfigurationException, Trainer
 from lightning_entropy.training.next_call import around_next_call
 from lightning_entropy.training.rank_zero import decide_on_rank_zero
-from lightning_entropy.training.surgery import SurgeryCallback
+from lightning_entropy.training.surgery import ModelSurgery, SurgeryCallback
 from lightning_entropy.training.trained_part import TrainedPart, named_parameters
 from lightning_entropy.verbosity import announce
 
 SAVED = ("all", "adapters")
 
 
-class FineTuningCallback(SurgeryCallback):
+class FineTuningCallback(ModelSurgery):
     """Trains a part of a model that a method chooses: the weights themselves, or adapters beside them.
 
     The choice is made once, when the weights are there (pretrained and restored) and before the model is wrapped and
@@ -111,10 +111,6 @@ class FineTuningCallback(SurgeryCallback):
             module: its module.
             exclude: names of modules that must not be chosen from: the heads.
         """
-
-    def operate(self, module: nn.Module) -> SurgeryReport:
-        """Not called: what is done depends on the Trainer; see :meth:`choose`."""
-        raise NotImplementedError(f"{self.name} chooses inside a fit")
 
     def heads(self, module: nn.Module) -> list[str]:
         """The names of modules that are trained whole.
@@ -253,7 +249,7 @@ class FineTuningCallback(SurgeryCallback):
         tuning = [c for c in callbacks if isinstance(c, FineTuningCallback) and c._is_operated(module)]
         wanted = [parameter for c in tuning if c._part is not None for parameter in c._part.parameters.values()]
         for callback in callbacks:
-            if isinstance(callback, SurgeryCallback) and not isinstance(callback, FineTuningCallback):
+            if isinstance(callback, SurgeryCallback):
                 wanted += callback.added_parameters(module)
         set_trained(module, wanted)
         kept = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
