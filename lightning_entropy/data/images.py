@@ -8,7 +8,6 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.split_data import SplitData
@@ -167,12 +166,6 @@ class ImageSet(SplitData[ImageSource, ImageDataset]):
         counts = ", ".join(f"{len(self._splits[name]):,} {name}" for name in SPLITS)
         shape = f"{source.channels} x {source.size} x {source.size}"
         announce(f"ImageSet({self.images}): {counts} images of {shape}, {len(source.classes)} classes")
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled images; another order in every epoch."""
-        sampler = self._train_sampler()
-        whole = len(sampler) >= self.batch_size  # a small last batch is noise at a large learning rate
-        return ResumableLoader(self.train, sampler=sampler, drop_last=whole, **self._loader_options())
 
 
 __all__ = ["ImageBatch", "ImageDataset", "ImageSet"]

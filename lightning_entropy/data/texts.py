@@ -6,7 +6,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.image_source import SPLITS
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.pretrained import load_tokenizer
@@ -162,16 +161,8 @@ class TextSet(SplitData[TextSource, TextDataset]):
     def _pad(self) -> PadTexts:
         return PadTexts(pad_number(self.tokenizer))
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled texts; another order in every epoch."""
-        sampler = self._train_sampler()
-        whole = len(sampler) >= self.batch_size
-        return ResumableLoader(self.train, sampler=sampler, drop_last=whole, **self._loader_options())
-
     def _evaluation_loader(self, name: str) -> DataLoader[Any] | list[DataLoader[Any]]:
-        dataset = self._split(name)
-        options = {**self._loader_options(), "batch_size": self.eval_batch_size}
-        return DataLoader(dataset, shuffle=False, **options) if len(dataset) else []
+        return self._whole(self._split(name), batch_size=self.eval_batch_size)
 
     def _loader_options(self) -> dict[str, Any]:
         return {**super()._loader_options(), "collate_fn": self._pad.labelled}
