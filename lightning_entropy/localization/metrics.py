@@ -162,7 +162,7 @@ class MaxBoxAccuracyV2(BoxMetric):
         return values | {f"threshold_{100 * iou:g}": one for iou, one in zip(self.iou, threshold)}
 
 
-class GTKnownLocalization(BoxMetric):
+class GTKnownLocalization(MaxBoxAccuracy):
     """Share of images that are located, given the map of the true class: GT-known.
 
     It does not ask whether the class was recognised. ``compute`` returns ``gt_known`` and ``threshold``. Papers report
@@ -191,34 +191,6 @@ class GTKnownLocalization(BoxMetric):
         >>> metric.compute()
         {'gt_known': tensor(1.), 'threshold': tensor(0.2000)}
     """
-
-    def __init__(
-        self,
-        *,
-        threshold: float | None = None,
-        iou: float = 0.5,
-        interval: float = 0.001,
-        contours: Contours = "largest",
-        normalize: bool = True,
-        without_box: Missing = "error",
-        backend: Backend = "auto",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            iou=(iou,),
-            contours=contours,
-            interval=interval,
-            threshold=threshold,
-            normalize=normalize,
-            without_box=without_box,
-            backend=backend,
-            **kwargs,
-        )
-
-    def update(self, maps: Tensor, boxes: Sequence[Tensor] | Tensor) -> None:
-        """Add a batch; see `MaxBoxAccuracy.update`."""
-        located, _ = self.located(maps, boxes)
-        self.count(located)
 
     def compute(self) -> dict[str, Tensor]:
         """Accuracy and threshold."""
