@@ -14,6 +14,7 @@ from lightning_entropy import (
     AttentionEntropyMaximization,
     AttentionEntropyMonitor,
     AttentionEntropyRegularizer,
+    BackgroundActivationSuppression,
     EntropyGuidedSurgery,
     ForgettingMonitor,
     KappaTune,
@@ -21,7 +22,7 @@ from lightning_entropy import (
     SigmaReparam,
     SoftplusAttention,
 )
-from tests.user_modules import BagClassifier, MeanClassifier, TokenClassifier, bags
+from tests.user_modules import BagClassifier, MeanClassifier, PicturedTokens, TokenClassifier, bags, pictured_bags
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Case:
     ``only_watches``: trains bitwise as without it, always.
     ``undo``: what takes a surgery back; a method without one leaves nothing behind by itself.
     ``sharded``: what FSDP2 is refused with; None where it works.
+    ``reentrant``: what reentrant gradient checkpointing is refused with; None where it works.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     only_watches: bool = False
     undo: Callable[[Any], None] | None = None
     sharded: str | None = None
+    reentrant: str | None = None
 
     def build(self, **changes: Any) -> Any:
         return self.make(**{**self.arguments, **changes})
@@ -66,6 +69,7 @@ CASES = [
         {"weight": 0.3, "schedule": "cosine"},
         "lightning_entropy.AttentionEntropyMaximization",
         second={"modules": "pool", "weight": 0.05, "top_k": 3},
+        reentrant="use_reentrant=False works",
     ),
     Case(
         "entropy_regularizer",
@@ -76,6 +80,7 @@ CASES = [
         without_target=BagClassifier,
         error="no attention between tokens ran in BagClassifier",
         second={"modules": "pool.layers.1*", "objective": "ceiling", "target": 0.5, "weight": 0.05},
+        reentrant="use_reentrant=False works",
     ),
     Case(
         "softplus_attention",
@@ -213,5 +218,19 @@ CASES = [
         undo=lambda callback: callback.report.undo(),
         sharded="shards it",
         incompatible_with={"sigma_reparam": "parametri"},
+    ),
+    Case(
+        "bas",
+        BackgroundActivationSuppression,
+        {"split": "picture.stage3", "input_shape": [3, 12, 12], "weight": 0.3, "schedule": "cosine"},
+        "lightning_entropy.BackgroundActivationSuppression",
+        module=PicturedTokens,
+        batches=pictured_bags,
+        without_target=TokenClassifier,
+        error="picture.stage3",
+        second={"split": "picture.stage2", "weight": 0.05},
+        undo=lambda callback: callback.report and callback.report.undo(),
+        sharded="shards it",
+        reentrant="did not run with gradient",
     ),
 ]

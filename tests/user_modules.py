@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -109,3 +111,47 @@ class TokenClassifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr, eps=1e-4)
+
+
+class SmallNet(nn.Module):
+    """Three stages and a linear layer behind an average pool; group norm, so that a batch can be divided."""
+
+    def __init__(self, dropout: float, classes: int = 3, norm: str = "group") -> None:
+        super().__init__()
+
+        def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+            layer = nn.GroupNorm(2, outputs) if norm == "group" else nn.BatchNorm2d(outputs)
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), layer, nn.ReLU())
+
+        self.stage1, self.stage2, self.stage3 = stage(3, 4, 2), stage(4, 8, 1), stage(8, 12, 2)
+        self.drop = nn.Dropout(dropout)
+        self.fc = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage3(self.stage2(self.drop(self.stage1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class PicturedTokens(TokenClassifier):
+    """A picture beside each sequence, with a classifier of its own: what every method can attach to."""
+
+    def __init__(self, width: int = 6, dropout: float = 0.1, lr: float = 0.01) -> None:
+        super().__init__(width, dropout, lr)
+        self.picture = SmallNet(dropout, classes=2)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return super().loss(batch) + nn.functional.cross_entropy(self.picture(batch["picture"]), batch["label"])
+
+
+def pictured_bags(**options: Any) -> list[dict]:
+    """Padded batches of bags, and for each bag a picture of noise with a bright square whose channel is the class."""
+    generator = torch.Generator().manual_seed(8)
+    out = bags(**options)
+    for batch in out:
+        count = len(batch["label"])
+        pictures = 0.3 * torch.randn(count, 3, 12, 12, generator=generator, dtype=batch["features"].dtype)
+        for picture, channel in zip(pictures, batch["label"]):
+            top, left = torch.randint(0, 7, (2,), generator=generator).tolist()
+            picture[channel, top : top + 5, left : left + 5] += 2.0
+        batch["picture"] = pictures
+    return out

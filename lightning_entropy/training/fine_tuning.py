@@ -182,14 +182,23 @@ class FineTuningCallback(ModelSurgery):
             self._carry_out(module, stored)
         elif stored is None and not self._is_operated(module):
             self._check_weights(module)
-            choose = lambda: self._choice(trainer, module).record()  # noqa: E731
-            selection = Selection.from_record(decide_on_rank_zero(trainer, choose, owner=self.name))
-            self._carry_out(module, FineTuningRecord(selection, self.mode, self.rank, self.alpha, self.dropout))
+            decided = decide_on_rank_zero(trainer, lambda: self.decide(trainer, module), owner=self.name)
+            self._carry_out(module, self.take_decision(decided))
         self._settle(trainer, module)
+        self._renew_averages(trainer, module)
         if self._news is not None:
             announce(self._news)
             self._news = None
         yield
+
+    def decide(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """What rank zero tells all ranks, in plain values; a method that has more to tell adds to it."""
+        selection = self._choice(trainer, module)
+        return FineTuningRecord(selection, self.mode, self.rank, self.alpha, self.dropout).record()
+
+    def take_decision(self, decided: dict[str, Any]) -> FineTuningRecord:
+        """What :meth:`decide` told, on every rank."""
+        return FineTuningRecord.from_record(decided)
 
     def _choice(self, trainer: Trainer, module: LightningModule) -> Selection:
         if self.selection is None:

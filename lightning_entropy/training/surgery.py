@@ -67,6 +67,12 @@ class ModelSurgery(Callback, ABC):
                 f"({', '.join(absent[:3])}): there are no weights to change. Build the model with real weights."
             )
 
+    def _renew_averages(self, trainer: Trainer, module: LightningModule) -> None:
+        """Have weight averages (EMA, SWA) that were begun as copies of the model before the surgery begin anew."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(getattr(callback, "_average_model", None), nn.Module):
+                callback.setup(trainer, module, "fit")
+
     def leave_process(self, module: nn.Module) -> None:
         """The fit ran in a process of its own and the weights go back to a model that was not changed: fit it.
 
@@ -147,7 +153,7 @@ class SurgeryCallback(ModelSurgery):
         self._refuse_sharding(trainer)
         self._forget_requests()
         requests: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
-            ("configure_model", lambda: self._when_configured(pl_module))
+            ("configure_model", lambda: self._when_configured(trainer, pl_module))
         ]
         if stage == "fit" and type(self).parameters_without_decay is not SurgeryCallback.parameters_without_decay:
             kept = lambda: self.parameters_without_decay(pl_module)  # noqa: E731
@@ -155,7 +161,7 @@ class SurgeryCallback(ModelSurgery):
         self._withdraw = [around_next_call(pl_module, name, context) for name, context in requests]
 
     @contextmanager
-    def _when_configured(self, module: nn.Module) -> Iterator[None]:
+    def _when_configured(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
         yield
         if not self._is_operated(module):
             self._check_weights(module)
@@ -168,6 +174,7 @@ class SurgeryCallback(ModelSurgery):
             for change in self.report.changes:
                 self._operated.append((change.module, weakref.ref(module.get_submodule(change.module))))
             announce(str(self.report))
+            self._renew_averages(trainer, module)
 
     def _is_operated(self, module: nn.Module) -> bool:
         """Whether this very model was operated on: neither undone since, nor built anew by the module's setup."""

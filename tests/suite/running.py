@@ -16,7 +16,7 @@ class Batches(DataLoader):
 
     def __init__(self, batches: list) -> None:
         super().__init__(batches, batch_size=None, shuffle=False)
-        self.done = 0
+        self.batches, self.done = batches, 0  # the former for Lightning, which builds it anew to predict
 
     def __iter__(self):
         start, self.done = self.done % len(self), 0
