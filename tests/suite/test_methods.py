@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -325,11 +326,12 @@ PAIRS = [(a, b) for i, a in enumerate(CASES) for b in CASES[i + 1 :]]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a.name}+{b.name}" for a, b in PAIRS])
-def test_pairs(first: Case, second: Case, tmp_path: Path) -> None:
+def test_pairs(first: Case, second: Case, tmp_path: Path, record_property: Any) -> None:
     # PicturedTokens has what every method reads.
     module = first.module() if first.module is second.module else PicturedTokens()
     reason = first.incompatible_with.get(second.name) or second.incompatible_with.get(first.name)
     if reason:
+        record_property("refused", reason)
         with pytest.raises(Exception, match=reason):
             fit(first, [first.build(), second.build()], tmp_path, module=module)
     else:
