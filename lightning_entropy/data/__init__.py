@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_entropy.data.embedded import embedded_bags
     from lightning_entropy.data.epoch_sampler import EpochSampler, ResumableLoader
     from lightning_entropy.data.images import ImageBatch, ImageDataset, ImageSet
+    from lightning_entropy.data.localization_set import LocalizationSet
     from lightning_entropy.data.pretrained import load_tokenizer, pretrained_source
     from lightning_entropy.data.region_bags import SlideRegion, slide_region
     from lightning_entropy.data.slide_bags import SlideBags
@@ -32,6 +33,7 @@ _EXPORTS = {
     "ImageBatch": "images",
     "ImageDataset": "images",
     "ImageSet": "images",
+    "LocalizationSet": "localization_set",
     "ResumableLoader": "epoch_sampler",
     "SlideBags": "slide_bags",
     "SlideRegion": "region_bags",
@@ -62,6 +64,7 @@ __all__ = [
     "ImageBatch",
     "ImageDataset",
     "ImageSet",
+    "LocalizationSet",
     "ResumableLoader",
     "SlideBags",
     "SlideRegion",
