@@ -19,6 +19,7 @@ from lightning_entropy.functional.condition_number import (
     expected_condition_number,
     resolvable_condition_number,
 )
+from lightning_entropy.functional.connected_components import connected_components, largest_component
 from lightning_entropy.functional.crrelu import crrelu
 from lightning_entropy.functional.deficit_bounds import condition_bounds_of_deficit, deficit_bounds
 from lightning_entropy.functional.density import Density, Laplace, Logistic, Normal
@@ -44,6 +45,7 @@ from lightning_entropy.functional.gaussian_unit import (
     spectral_flatness,
     stable_rank,
 )
+from lightning_entropy.functional.hide_and_seek import hide_and_seek
 from lightning_entropy.functional.inflection import (
     Inflection,
     InflectionRule,
@@ -67,6 +69,7 @@ from lightning_entropy.functional.localization_scores import (
 )
 from lightning_entropy.functional.mixture import Mixture
 from lightning_entropy.functional.paired_retrieval import RetrievalScores, paired_retrieval
+from lightning_entropy.functional.prior_maps import centre_gaussian, whole_image
 from lightning_entropy.functional.pushforward import pushforward_entropy
 from lightning_entropy.functional.rounding import spread_rounding
 from lightning_entropy.functional.similarity import (
@@ -119,10 +122,12 @@ __all__ = [
     "bas_loss",
     "best_iou_at_thresholds",
     "boxes_at_thresholds",
+    "centre_gaussian",
     "condition_bounds_of_deficit",
     "condition_lower_bound",
     "condition_number",
     "condition_of_spectrum",
+    "connected_components",
     "crrelu",
     "deficit_bounds",
     "delta_cka",
@@ -137,9 +142,11 @@ __all__ = [
     "foreground_region_guidance",
     "expected_condition_number",
     "gaussian_output_entropy",
+    "hide_and_seek",
     "inclusive_box_iou",
     "inflection_layers",
     "label_convolution",
+    "largest_component",
     "length_scaled_softmax",
     "linear_cka",
     "linear_hsic",
@@ -170,4 +177,5 @@ __all__ = [
     "summed_nll",
     "top_k_entropy_from_logits",
     "top_singular_vectors",
+    "whole_image",
 ]

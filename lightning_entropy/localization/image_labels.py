@@ -1,4 +1,4 @@
-"""The labels of the images in a user's batch."""
+"""The images and their labels in a user's batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ import torch
 from torch import Tensor
 
 _NAMES = ("label", "labels", "target", "targets", "y")
+
+
+def find_images(batch: Any) -> Tensor:
+    """The images in a batch: the one floating point tensor ``(B, channels, height, width)``, or the first of several.
+
+    Args:
+        batch: a tensor, or tuples, lists and mappings that hold one.
+
+    Raises:
+        ValueError: if there is none, with what the batch holds.
+
+    Example:
+        >>> find_images({"image": torch.zeros(2, 3, 8, 8), "label": torch.tensor([1, 0])}).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    held = dict(_tensors(batch, ""))
+    for tensor in held.values():
+        if tensor.dim() == 4 and tensor.is_floating_point():
+            return tensor
+    raise ValueError(f"found no images (batch, channels, height, width). {_inventory(held)}")
 
 
 def find_labels(
@@ -124,4 +144,4 @@ def _inventory(held: dict[str, Tensor]) -> str:
     return f"The batch holds {listed or 'no tensor'}."
 
 
-__all__ = ["check_range", "draw_label", "find_labels"]
+__all__ = ["check_range", "draw_label", "find_images", "find_labels"]

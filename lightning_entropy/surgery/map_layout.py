@@ -51,19 +51,27 @@ class MapLayout(NamedTuple):
         return torch.cat([features[:, : self.prefix].to(patches.dtype), patches], 1) if self.prefix else patches
 
 
-def layout_of(value: object, prefix: int | None = None, channels: int | None = None) -> MapLayout | None:
+def layout_of(
+    value: object, prefix: int | None = None, channels: int | None = None, *, aspect: float | None = None
+) -> MapLayout | None:
     """How a tensor holds a map, from its shape; None if it holds none of at least two positions.
 
     Args:
         value: what a module takes or returns.
         prefix: how many tokens are no patches; None: those that are too many for a square.
-        channels: how many channels the map has; None: not known, and then images are taken to be square.
+        channels: how many channels the map has; None: not known.
+        aspect: height over width of the images, which tells the two sides where the channels are not known; None:
+            images are taken to be square.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
     if value.dim() == 4:
         first = value.shape[1] == channels if channels is not None else value.shape[2] == value.shape[3]
         last = value.shape[3] == channels if channels is not None else value.shape[1] == value.shape[2]
+        if channels is None and aspect is not None:
+            _, a, b, c = value.shape
+            last = abs(a / b - aspect) < abs(b / c - aspect)
+            first = not last
         if first or (channels is None and not last):
             return MapLayout("channels first") if value.shape[2] * value.shape[3] > 1 else None
         return MapLayout("channels last") if last and value.shape[1] * value.shape[2] > 1 else None

@@ -208,7 +208,9 @@ def split_backbone(model: nn.Module, split: str, *, classifier: str, example: Te
         features = run.values[start.name]
         said: Any = getattr(model, "num_prefix_tokens", None)  # timm
         prefix = said if isinstance(said, int) else None
-        layout = layout_of(features, prefix)
+        is_image = example.dim() == 4 and example.shape[1] < min(example.shape[2:])
+        aspect = example.shape[2] / example.shape[3] if is_image else None
+        layout = layout_of(features, prefix, aspect=aspect)
         if layout is None:
             raise CannotSplit(f"the features at {split} are no map: {_shape(features)}")
         end, map_layout, norm = _last_map(graph, run, model, behind, at_classifier, prefix)

@@ -272,6 +272,9 @@ def test_layouts() -> None:
         assert layout_of(x, channels=5) == layout
         assert layout.to_map(x).shape == (2, 5, 4, 4)
         torch.testing.assert_close(layout.from_map(layout.to_map(x), x), x)
+    # As many channels as rows, of images that are not square.
+    assert layout_of(torch.zeros(2, 8, 8, 10), aspect=16 / 20) == MapLayout("channels first")
+    assert layout_of(torch.zeros(2, 8, 10, 10), aspect=16 / 20) == MapLayout("channels last")
     assert layout_of(torch.zeros(2, 5, 1, 1), channels=5) is None
     assert layout_of(torch.zeros(2, 5)) is None
     assert layout_of("text") is None
