@@ -30,9 +30,10 @@ if TYPE_CHECKING:
         sigma_reparametrize,
         use_softplus_attention,
     )
-    from lightning_entropy.data import ImageSet, SlideBags, TextSet, TextStream
+    from lightning_entropy.data import ImageSet, LocalizationSet, SlideBags, TextSet, TextStream
     from lightning_entropy.finetuning import (
         ForgettingMonitor,
+        InflectionLoRA,
         KappaTune,
         diagnose_layers,
         select_modules,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         PixelAveragePrecision,
         TopKLocalization,
     )
-    from lightning_entropy.recipes import CausalLM, MILClassifier, TextClassifier, ViTClassifier
+    from lightning_entropy.recipes import CausalLM, ImageLocalizer, MILClassifier, TextClassifier, ViTClassifier
 
 try:
     __version__ = version("lightning-entropy")
@@ -81,12 +82,15 @@ _EXPORTS = {
     "sigma_reparametrize": "attention",
     "use_softplus_attention": "attention",
     "ForgettingMonitor": "finetuning",
+    "InflectionLoRA": "finetuning",
     "KappaTune": "finetuning",
     "diagnose_layers": "finetuning",
     "select_modules": "finetuning",
     "spectral_report": "finetuning",
     "CausalLM": "recipes",
+    "ImageLocalizer": "recipes",
     "ImageSet": "data",
+    "LocalizationSet": "data",
     "MILClassifier": "recipes",
     "SlideBags": "data",
     "TextClassifier": "recipes",
@@ -121,9 +125,12 @@ __all__ = [
     "BackgroundActivationSuppression",
     "CRReLU",
     "CausalLM",
+    "ImageLocalizer",
     "ImageSet",
+    "LocalizationSet",
     "EntropyGuidedSurgery",
     "ForgettingMonitor",
+    "InflectionLoRA",
     "KappaTune",
     "GTKnownLocalization",
     "LearnableTemperature",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,7 +20,7 @@ TRAINER_COMMANDS = {
     "fit": "train a recipe",
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
-    "predict": "write predictions.csv for slides or images",
+    "predict": "write predictions.csv for slides or images; boxes and pictures of a localizer",
 }
 COMMANDS = {
     **TRAINER_COMMANDS,
@@ -44,6 +45,27 @@ COMMAND --help shows the options of a command; --version the version.
 
 class UsageError(Exception):
     """Something on the command line is wrong; the message says what to type instead."""
+
+    code = 2
+
+
+class Stopped(UsageError):
+    """The command could not go on; the message says what is kept and how to continue."""
+
+    code = 1
+
+
+class Terminated(Stopped):
+    """SIGTERM came."""
+
+    code = 143
+
+
+_NOT_WRITTEN = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EFBIG", "EISDIR", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+    if hasattr(errno, name)
+)
 
 
 def _usage() -> str:
@@ -86,7 +108,7 @@ def _resolved_checkpoint(arguments: list[str]) -> list[str]:
         root, _ = _take(rest, "--trainer.default_root_dir")
         try:
             value = str(latest_checkpoint(root or ".", value))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise UsageError(str(error)) from error
         from lightning_entropy.verbosity import announce
 
@@ -134,18 +156,49 @@ def _trainer_command(command: str, arguments: list[str]) -> None:
             batches = self.trainer.predict(**keywords)
             target = self._get(self.config_init, "predictions")
             classes = getattr(self.datamodule, "classes", None)
-            path = write_predictions(batches, target, classes=classes)
+            write = getattr(self.model, "write_predictions", write_predictions)  # a model may have more to say
+            paths = write(batches, target, classes=classes)
             if self.trainer.is_global_zero:
-                print(f"predictions: {path}")
+                print(f"predictions: {', '.join(map(str, paths if isinstance(paths, list) else [paths]))}")
 
     config = [] if name is None else ["--config", str(recipe.path)]
-    RecipeCLI(
-        import_path(recipe.model, what="recipe model"),
-        import_path(recipe.data, what="recipe data"),
-        args=[command, *config, *rest],
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
+    try:
+        RecipeCLI(
+            import_path(recipe.model, what="recipe model"),
+            import_path(recipe.data, what="recipe data"),
+            args=[command, *config, *rest],
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+        )
+    except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":  # of Lightning, with the status of a success
+            raise Terminated("stopped by SIGTERM; `fit ... --ckpt_path last` continues from the last epoch") from None
+        raise
+    except Exception as error:
+        reason = _unusable_checkpoint(_take(rest, "--ckpt_path")[0], error)
+        if reason is not None:
+            raise UsageError(reason) from error
+        raise
+
+
+def _unusable_checkpoint(path: str | None, error: Exception) -> str | None:
+    """What is wrong with the checkpoint, where that is what an error came from."""
+    from lightning_entropy.recipes.checkpoints import read_checkpoint
+
+    if path is None or isinstance(error, OSError) or not Path(path).is_file():
+        return None
+    try:
+        read_checkpoint(path)
+    except ValueError as unreadable:
+        beside = sorted(str(p) for p in Path(path).parent.glob("*.ckpt") if p != Path(path))
+        return f"{unreadable}" + (f"; in its folder are {', '.join(beside)}" if beside else "")
+    text = str(error)
+    if "loading state_dict" not in text and "loaded state dict" not in text:
+        return None
+    return (
+        f"{path} was written with another configuration: {text}\nGive the settings of that run: Lightning keeps them "
+        "as config.yaml beside the folder of its checkpoints (--config FILE)"
     )
 
 
@@ -224,8 +277,9 @@ def _compare(arguments: list[str]) -> None:
     recipe = _recipe(options.recipe)
     from rich.console import Console
 
-    from lightning_entropy.recipes.comparison import compare
+    from lightning_entropy.recipes.comparison import ComparisonStopped, compare
 
+    kept = f"what is finished is kept in {options.output}/runs, and the same command continues with what is missing"
     try:
         comparison = compare(
             options.recipe,
@@ -240,7 +294,13 @@ def _compare(arguments: list[str]) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     except KeyboardInterrupt:
-        raise UsageError("stopped; the same command continues with the runs that are missing") from None
+        raise Stopped(f"stopped; {kept}") from None
+    except ComparisonStopped as error:
+        raise Stopped(str(error)) from error
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        raise Stopped(f"{error}; {kept}") from error
     Console().print(comparison.table())
     files = ["results.json", "results.csv", "intervals.png", "curves.png", *recipe.report_files, "runs/"]
     print(f"results: {options.output}/{', '.join(files)}")
@@ -285,7 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if ``None``.
 
     Returns:
-        0, or 2 after an error of usage, which is printed on stderr.
+        0; after what is printed on stderr 2 for an error of usage, 1 where the command could not go on, and 143 after
+        SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -300,7 +361,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(arguments)
     except UsageError as error:
         print(f"lightning-entropy {arguments[0]}: {error}", file=sys.stderr)
-        return 2
+        return error.code
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        print(
+            f"lightning-entropy {arguments[0]}: {error}. Make room, or write elsewhere (--trainer.default_root_dir); "
+            "checkpoints that were written whole stay, and `fit ... --ckpt_path last` continues",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

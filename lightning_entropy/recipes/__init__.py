@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from lightning_entropy.recipes.causal_lm import CausalLM
     from lightning_entropy.recipes.comparison import compare
     from lightning_entropy.recipes.comparison_result import Comparison, joint_table
+    from lightning_entropy.recipes.layer_change import LayerChange
     from lightning_entropy.recipes.mil import MILClassifier
     from lightning_entropy.recipes.text_classifier import TextClassifier
+    from lightning_entropy.recipes.transfer_classifier import TransferClassifier
     from lightning_entropy.recipes.vit import ViTClassifier
+    from lightning_entropy.recipes.wsol import ImageLocalizer
 
 _EXPORTS = {
     "ABMIL": "abmil",
     "CausalLM": "causal_lm",
     "Comparison": "comparison_result",
+    "ImageLocalizer": "wsol",
+    "LayerChange": "layer_change",
     "MILClassifier": "mil",
     "TextClassifier": "text_classifier",
+    "TransferClassifier": "transfer_classifier",
     "ViTClassifier": "vit",
     "compare": "comparison",
     "joint_table": "comparison_result",
@@ -30,8 +36,11 @@ __all__ = [
     "ABMIL",
     "CausalLM",
     "Comparison",
+    "ImageLocalizer",
+    "LayerChange",
     "MILClassifier",
     "TextClassifier",
+    "TransferClassifier",
     "ViTClassifier",
     "compare",
     "joint_table",

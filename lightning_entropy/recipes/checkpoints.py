@@ -6,9 +6,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning_entropy.files import read_stored
 
 ALIASES = ("best", "last")
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A Trainer's checkpoint as a dictionary.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, or is no checkpoint.
+    """
+    state = read_stored(path)
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        found = sorted(map(str, state))[:10] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{os.fspath(path)} is no checkpoint of a Trainer: it holds {found}, expected a state_dict")
+    return state
 
 
 def latest_checkpoint(root: str | os.PathLike[str], which: str) -> Path:
@@ -23,6 +37,7 @@ def latest_checkpoint(root: str | os.PathLike[str], which: str) -> Path:
 
     Raises:
         FileNotFoundError: if no run is found, or its best checkpoint is gone.
+        ValueError: if ``best`` is wanted and the ``last.ckpt`` that would tell cannot be read.
     """
     found = sorted(Path(root).glob("**/last*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -32,7 +47,7 @@ def latest_checkpoint(root: str | os.PathLike[str], which: str) -> Path:
     last = found[-1]
     if which == "last":
         return last
-    state: dict[str, Any] = torch.load(last, map_location="cpu", weights_only=True)
+    state = read_checkpoint(last)
     for name, callback in state.get("callbacks", {}).items():
         best = Path(callback.get("best_model_path") or last) if name.startswith("ModelCheckpoint") else last
         if best.name == last.name:
@@ -53,9 +68,12 @@ def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> str:
 
     Args:
         checkpoint: a file that a Trainer wrote.
+
+    Raises:
+        ValueError: if it is none, or cut off.
     """
     folder = Path(checkpoint).parent
-    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_checkpoint(checkpoint)
     for callback in state.get("callbacks", {}).values():
         before = callback.get("dirpath") if isinstance(callback, dict) else None
         if before and Path(before).resolve() == folder.resolve():
@@ -63,4 +81,4 @@ def checkpoint_folder(checkpoint: str | os.PathLike[str]) -> str:
     return str(folder)
 
 
-__all__ = ["ALIASES", "checkpoint_folder", "latest_checkpoint"]
+__all__ = ["ALIASES", "checkpoint_folder", "latest_checkpoint", "read_checkpoint"]

@@ -124,9 +124,13 @@ class AdamWModule(LightningModule):
             for (rate, spared), members in sorted(groups.items(), key=lambda group: group[0][1])
         ]
 
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW on the groups."""
+        return torch.optim.AdamW(self._groups(), lr=self.lr, weight_decay=self.weight_decay)
+
     def configure_optimizers(self) -> Any:
-        """AdamW with the warm-up and decay that were asked for."""
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, weight_decay=self.weight_decay)
+        """The optimizer with the warm-up and decay that were asked for."""
+        optimizer = self.build_optimizer()
         steps = self.trainer.estimated_stepping_batches if self.decay == "cosine" else math.inf
         factor = WarmUp(self.warmup_steps, cosine_steps=int(steps) if math.isfinite(steps) else None)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}

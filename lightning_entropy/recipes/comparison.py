@@ -10,8 +10,12 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +33,11 @@ from lightning_entropy.training.files import atomic_write
 from lightning_entropy.verbosity import announce
 
 Select = Literal["best", "last"]
+GENERATED_IMAGES = ("embedded:objects",)  # drawn anew for every seed
+
+
+class ComparisonStopped(RuntimeError):
+    """A comparison that could not go on; what it had finished is kept, and the same call continues."""
 
 
 class Job(NamedTuple):
@@ -136,6 +145,24 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that it can tidy up: its default would leave the workers running."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # the caller has his own way
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _run_all(jobs: Sequence[Job], *, workers: int, done: Callable[[Job], None]) -> None:
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
@@ -143,12 +170,25 @@ def _run_all(jobs: Sequence[Job], *, workers: int, done: Callable[[Job], None]) 
             done(job)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_one_thread) as pool:
         running = {pool.submit(run_job, job): job for job in jobs}
         try:
             for future in as_completed(running):
                 future.result()
                 done(running[future])
+        except BrokenProcessPool as error:
+            finished = sum(job.path.is_file() for job in jobs)
+            raise ComparisonStopped(
+                f"a worker process died, killed perhaps for want of memory ({len(jobs)} runs were to do, {finished} "
+                "of them are finished and kept). The same command continues with the others; fewer workers need less "
+                "memory"
+            ) from error
+        except KeyboardInterrupt:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # each stops after its step, and its unfinished run is not written
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -173,7 +213,10 @@ def _progress(total: int, finished: int, *, show: bool) -> Iterator[Callable[[Jo
 
 
 def _independent(config: Mapping[str, Any]) -> bool:
-    name = str(config.get("data", {}).get("features", ""))
+    data = config.get("data", {})
+    if data.get("images") in GENERATED_IMAGES:
+        return True
+    name = str(data.get("features", ""))
     kind = name.removeprefix("embedded:")
     return name.startswith("embedded:") and kind in EMBEDDED and is_generated(kind)
 
@@ -234,6 +277,9 @@ def compare(
     Raises:
         ValueError: if a name is unknown, a number is out of its range, or a run's file was made with other
             settings.
+        OSError: if the folder cannot be written, or the disk is full.
+        ComparisonStopped: if a worker was killed.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     chosen = find_recipe(recipe)
     numbers = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
@@ -260,7 +306,11 @@ def compare(
     missing = [job for job in jobs if job.path not in finished]
     if finished:
         announce(f"compare: {len(finished)} of {len(jobs)} runs are in {folder / 'runs'} already")
-    with _progress(len(jobs), len(finished), show=show) as done:
+    if missing:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "runs"):  # a folder that cannot be written is known before training
+            pass
+    with _stoppable(), _progress(len(jobs), len(finished), show=show) as done:
         _run_all(missing, workers=workers, done=done)
     records = []
     for job in jobs:
@@ -280,4 +330,4 @@ def compare(
     return comparison
 
 
-__all__ = ["Comparison", "Job", "compare", "plan_jobs", "run_job"]
+__all__ = ["Comparison", "ComparisonStopped", "Job", "compare", "plan_jobs", "run_job"]

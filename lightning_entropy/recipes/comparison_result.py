@@ -198,7 +198,8 @@ class Comparison:
                 summary = self.summary(variant, metric)
                 if summary is not None and summary.difference is not None:
                     rows.append((variant, summary.difference))
-            panels[heading + {1: " (higher is better)", -1: " (lower is better)", 0: ""}[better]] = rows
+            if rows:  # none where the baseline has no value of it
+                panels[heading + {1: " (higher is better)", -1: " (lower is better)", 0: ""}[better]] = rows
         return interval_figure(panels, baseline=self.baseline)
 
     def plot_curves(self) -> Any:
@@ -219,7 +220,9 @@ class Comparison:
         self.to_csv(place / "results.csv")
         write_figure(self.plot_curves(), place / "curves.png")
         if len(self.variants) > 1:
-            write_figure(self.plot(), place / "intervals.png")
+            # Of what is logged in parts (MAP/gt_known) only the known ones: a panel each.
+            shown = [metric for metric in self.metrics if "/" not in metric or metric in METRICS]
+            write_figure(self.plot(shown), place / "intervals.png")
 
 
 __all__ = ["MAIN_METRICS", "METRICS", "Comparison", "Summary", "joint_table"]

@@ -38,6 +38,19 @@ METRICS = {
     "perplexity": ("perplexity", -1),
     "forgetting_at_equal_loss": ("increase at equal loss", -1),
     "equal_loss": ("that loss", 0),
+    "gt_known": ("GT-known", 1),
+    "top1_loc": ("Top-1 loc.", 1),
+    "max_box_v2": ("MaxBoxAccV2", 1),
+    "pxap": ("PxAP", 1),
+    "miou": ("mIoU", 1),
+    "cam/gt_known": ("CAM", 1),
+    "cam_mean/gt_known": ("CAM mean", 1),
+    "bas/gt_known": ("BAS", 1),
+    "bas_mean/gt_known": ("BAS mean", 1),
+    "centre_gaussian/gt_known": ("centre Gaussian", 1),
+    "accuracy_over_random": ("over random", 1),
+    "adapted_layers": ("adapted layers", 0),
+    "delta_cka": ("Delta-CKA", 0),
 }
 MAIN_METRICS = tuple(m for m in METRICS if m not in ("balanced_accuracy", "normalized_entropy", "key_mass"))
 

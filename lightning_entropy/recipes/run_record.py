@@ -158,6 +158,15 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning leaves the process after Ctrl-C and SIGTERM (status 0 after the latter); its caller may not want to."""
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+
+
 def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "best") -> dict[str, Any]:
     """Train a configuration, test it, and say what was seen.
 
@@ -184,7 +193,8 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
         cast(Any, trainer).callbacks.append(recorder)
         if recipe.by_step:
             trainer.loggers = [steps]
-        trainer.fit(model, datamodule=data)
+        with _interruptible():
+            trainer.fit(model, datamodule=data)
         if trainer.interrupted:
             raise KeyboardInterrupt
         fit_seconds = time.perf_counter() - start
@@ -201,7 +211,8 @@ def train_and_test(recipe: Recipe, config: Mapping[str, Any], *, select: str = "
             state = torch.load(checkpoint.best_model_path, map_location="cpu", weights_only=True)
             best_epoch = state["epoch"]
             model.load_state_dict(state["state_dict"])
-        tested = trainer.test(model, datamodule=data, verbose=False)[0]
+        with _interruptible():
+            tested = trainer.test(model, datamodule=data, verbose=False)[0]
     bags = {split: len(getattr(data, split)) for split in ("train", "val", "test") if hasattr(data, split)}
     record = {
         "metrics": {

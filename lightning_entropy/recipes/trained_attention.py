@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_entropy.data import Batch
 from lightning_entropy.data.bag_dataset import CLIP
+from lightning_entropy.files import read_stored
 from lightning_entropy.observe import AttentionReader
 from lightning_entropy.recipes.abmil import ABMIL, MeanPooling
 from lightning_entropy.recipes.attention_map import AttentionMap
@@ -50,13 +51,7 @@ def load_classifier(path: str | os.PathLike[str], *, device: str | torch.device 
         ValueError: if it is no checkpoint of a ``MILClassifier``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names no common class for what a damaged or foreign file raises
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint {path} cannot be read with weights_only=True: {first_line}") from error
+    stored = read_stored(path)
     if not isinstance(stored, dict) or "state_dict" not in stored or "hyper_parameters" not in stored:
         found = sorted(map(str, stored))[:10] if isinstance(stored, dict) else type(stored).__name__
         raise ValueError(f"{path} is no checkpoint of a Trainer with hyperparameters; it holds {found}")

@@ -21,7 +21,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it holds something else.
     """
-    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a mapping, it holds {type(value).__name__}")
     return value

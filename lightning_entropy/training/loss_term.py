@@ -119,6 +119,9 @@ class LossTerm(Callback, ABC):
         if not self._pending:
             return
         weight = self.current_weight(trainer)
+        if weight == 0 and self._said and not logs_this_step(trainer):
+            self._pending = False  # a number that nobody sees and nothing learns from
+            return
         with torch.set_grad_enabled(weight != 0):
             term = self.term()
         if not self._said and term is not None:
@@ -182,14 +185,15 @@ class LossTerm(Callback, ABC):
 
     def _log(self, trainer: Trainer, module: LightningModule, quantities: dict[str, Tensor | float]) -> None:
         prefix = log_prefix(self, self.log_name, trainer)
-        if self.schedule.kind == "constant" and not self.schedule.warmup:
+        if self.schedule.kind == "constant" and not self.schedule.warmup and not self.schedule.begin:
             quantities.pop("weight")
         values = {f"{prefix}/{key}": value for key, value in quantities.items()}
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What the checkpoint keeps: the arguments, so that a different configuration is noticed on resume."""
-        return {"weight": self.weight, "end_weight": self.end_weight, "schedule": self.schedule.kind}
+        now = {"weight": self.weight, "end_weight": self.end_weight, "schedule": self.schedule.kind}
+        return {**now, "begin": self.schedule.begin} if self.schedule.begin else now
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say when the run goes on with other arguments than it had."""

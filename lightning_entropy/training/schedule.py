@@ -23,13 +23,16 @@ class WeightSchedule:
     - ``warmup``: rises linearly from 0 to :math:`w_0` over the first tenth of the run (or over ``warmup``), then
       constant.
 
+    Before ``begin`` it is 0, and time counts from there: a model trains without the term first.
+
     The value depends on the Trainer's counters alone, so a resumed run continues where it was.
 
     Args:
         kind: one of the above.
         unit: ``"epoch"`` (constant within an epoch) or ``"step"`` (changes with every optimizer step).
-        length: T in units; None takes the length of the run from the Trainer.
+        length: T in units, from ``begin`` on; None takes what is left of the run from the Trainer.
         warmup: number of units over which the weight first rises linearly from 0, for every kind.
+        begin: number of units over which the weight is 0 first.
 
     Raises:
         ValueError: if an argument is none of the above.
@@ -42,6 +45,7 @@ class WeightSchedule:
     unit: str = "epoch"
     length: int | None = None
     warmup: int = 0
+    begin: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,8 +54,9 @@ class WeightSchedule:
             raise ValueError(f"schedule unit must be 'epoch' or 'step', got {self.unit!r}")
         if self.length is not None and self.length < 1:
             raise ValueError(f"schedule length must be at least 1, got {self.length}")
-        if self.warmup < 0:
-            raise ValueError(f"schedule warmup must be at least 0, got {self.warmup}")
+        for name, value in (("warmup", self.warmup), ("begin", self.begin)):
+            if value < 0:
+                raise ValueError(f"schedule {name} must be at least 0, got {value}")
 
     @property
     def needs_length(self) -> bool:
@@ -59,7 +64,10 @@ class WeightSchedule:
         return self.kind in ("linear", "cosine") or (self.kind == "warmup" and not self.warmup)
 
     def value(self, time: int, length: int, start: float, end: float) -> float:
-        """The weight after ``time`` of ``length`` units."""
+        """The weight after ``time`` units, if it changes over ``length`` units from ``begin`` on."""
+        if time < self.begin:
+            return 0.0
+        time -= self.begin
         warmup = self.warmup
         if self.kind == "warmup" and not warmup:
             warmup = max(1, math.ceil(length / 10))
@@ -91,7 +99,7 @@ class WeightSchedule:
                 f"a {self.kind} schedule by {self.unit} needs the length of the run, and this Trainer has none: set "
                 f"max_epochs, or pass schedule=WeightSchedule({self.kind!r}, unit={self.unit!r}, length=...)"
             )
-        return int(length)
+        return max(1, int(length) - self.begin)
 
     def now(self, trainer: Trainer) -> int:
         """The Trainer's time in units."""
@@ -99,6 +107,9 @@ class WeightSchedule:
 
     def describe(self, start: float, end: float, length: int) -> str:
         """The schedule in the words of the line said at the start."""
+        if self.begin:
+            later = WeightSchedule(self.kind, self.unit, self.length, self.warmup)
+            return f"weight 0 for {self.begin:,} {self.unit}s, then {later.describe(start, end, length)}"
         if self.kind == "constant":
             return f"weight {start:g}"
         target = start if self.kind == "warmup" else end

@@ -34,6 +34,18 @@ def test_warmup() -> None:
     assert [fixed.value(t, 1, 0.4, 0.0) for t in (0, 2, 4, 9)] == pytest.approx([0, 0.2, 0.4, 0.4])
 
 
+def test_nothing_before_it_begins() -> None:
+    later = WeightSchedule("linear", begin=3)
+    trainer = SimpleNamespace(max_epochs=13, current_epoch=3)
+    length = later.run_length(trainer)
+    assert length == 10
+    assert [later.value(t, length, 0.4, 0.0) for t in (0, 2, 3, 8, 13)] == pytest.approx([0, 0, 0.4, 0.2, 0])
+    constant = WeightSchedule(begin=2, warmup=2)
+    assert [constant.value(t, 1, 1.0, 0.0) for t in (0, 1, 2, 3, 4, 9)] == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    assert WeightSchedule(begin=2).describe(1.0, 0.0, 1) == "weight 0 for 2 epochs, then weight 1"
+    assert WeightSchedule("linear", begin=9).run_length(SimpleNamespace(max_epochs=5)) == 1  # never begins
+
+
 def test_time_and_length_come_from_the_trainer() -> None:
     trainer = SimpleNamespace(max_epochs=7, estimated_stepping_batches=35, current_epoch=3, global_step=17)
     by_epoch, by_step = WeightSchedule("linear"), WeightSchedule("linear", unit="step")
@@ -48,7 +60,9 @@ def test_time_and_length_come_from_the_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "exponential"}, {"unit": "batch"}, {"length": 0}, {"warmup": -1}], ids=lambda o: next(iter(o))
+    "options",
+    [{"kind": "exponential"}, {"unit": "batch"}, {"length": 0}, {"warmup": -1}, {"begin": -1}],
+    ids=lambda o: next(iter(o)),
 )
 def test_bad_arguments(options: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
