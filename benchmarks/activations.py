@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +146,41 @@ def show(table: list[dict[str, object]]) -> None:
         )
 
 
-def main() -> None:
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    options = options_of(["--rounds=3", "--shape", "2", "16", "64"] if quick else [])
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(options.threads)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        table: list[dict[str, Any]] = measure(dtype, options)
+        of = f"{tuple(options.shape)}, {str(dtype)[6:]}"
+        gelu = next(r for r in table if r["activation"] == "nn.GELU")
+        for one in table:
+            if "GELU" in one["activation"]:
+                continue
+            both = {"method": one["activation"], "peer_name": "nn.GELU"}
+            times = {"ours": one["forward_ms"] + one["backward_ms"], "peer": gelu["forward_ms"] + gelu["backward_ms"]}
+            target = TARGETS.get((str(dtype)[6:], one["activation"]))
+            smallest = {"quantity": f"forward and backward (smallest), {of}", "unit": "ms", **times}
+            found.append({**both, **smallest, "ratio": one["to_gelu"], "target": target})
+            kept = {"quantity": f"bytes kept for backward, {of}", "unit": "of GELU", "ours": one["bytes_to_gelu"]}
+            found.append({**both, **kept, "peer": 1.0, "ratio": one["bytes_to_gelu"], "target": None})
+    return found
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--shape", type=int, nargs="+", default=[4, 197, 3072], help="default: ViT-B, 4 images")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     if options.device == "cuda":

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -104,7 +105,54 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):10.4f} {min(values):10.4f} {max(values):10.4f}"
 
 
-def main() -> None:
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    set_verbosity("warning")
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and their ratios, pair by pair, and the peak memory of fresh processes."""
+    quiet()
+    batch = bag(options)
+    block(options, batch, True)  # warm-up
+    times: dict[str, list[float]] = {"plain": [], "aem": [], "ratio": []}
+    for i in range(options.blocks):
+        order = [False, True] if i % 2 == 0 else [True, False]
+        medians = {aem: statistics.median(block(options, batch, aem)) for aem in order}
+        times["plain"].append(medians[False])
+        times["aem"].append(medians[True])
+        times["ratio"].append(medians[True] / medians[False])
+
+    memory: dict[str, list[float]] = {"plain": [], "aem": []}
+    arguments = [f"--{name}={getattr(options, name)}" for name in ("instances", "features", "steps", "device")]
+    for _ in range(options.processes):
+        for way, values in memory.items():
+            out = subprocess.run(
+                [sys.executable, __file__, *arguments, "--peak", way], capture_output=True, text=True, check=True
+            )
+            values.append(json.loads(out.stdout.strip().splitlines()[-1]))
+    return times, memory
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    small = ["--instances=2000", "--features=128", "--blocks=2", "--steps=3", "--processes=1"]
+    options = options_of(small if quick else [])
+    times, memory = measured(options)
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    peaks = {way: statistics.median(values) for way, values in memory.items()}
+    what = f"gated ABMIL, a bag of {options.instances:,} x {options.features:,}"
+    step = {"quantity": f"training step, {what}", "unit": "s", "ours": medians["aem"], "peer": medians["plain"]}
+    peak_of = {"quantity": f"peak of the process, {what}", "unit": "MB", "ours": peaks["aem"], "peer": peaks["plain"]}
+    both = {"method": "AEM", "peer_name": "plain step"}
+    return [
+        {**both, **step, "ratio": medians["ratio"], "target": 1.02},
+        {**both, **peak_of, "ratio": peaks["aem"] / peaks["plain"], "target": 1.01},
+    ]
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=20_000)
     parser.add_argument("--features", type=int, default=1_024)
@@ -113,33 +161,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3, help="fresh processes for peak memory, each way")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--peak", choices=["plain", "aem"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    set_verbosity("warning")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = options_of()
     if options.peak:
+        quiet()
         print(json.dumps(peak(options)))
         return
 
-    batch = bag(options)
-    block(options, batch, True)  # warm-up
-    plain, with_aem, ratios = [], [], []
-    for i in range(options.blocks):
-        order = [False, True] if i % 2 == 0 else [True, False]
-        medians = {aem: statistics.median(block(options, batch, aem)) for aem in order}
-        plain.append(medians[False])
-        with_aem.append(medians[True])
-        ratios.append(medians[True] / medians[False])
-
-    memory: dict[str, list[float]] = {"plain": [], "aem": []}
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--peak")]
-    for _ in range(options.processes):
-        for way, values in memory.items():
-            out = subprocess.run(
-                [sys.executable, __file__, *arguments, "--peak", way], capture_output=True, text=True, check=True
-            )
-            values.append(json.loads(out.stdout.strip().splitlines()[-1]))
-
+    times, memory = measured(options)
+    plain, with_aem, ratios = times["plain"], times["aem"], times["ratio"]
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"gated ABMIL, one bag of {options.instances:,} x {options.features:,}, {options.blocks} pairs of blocks")

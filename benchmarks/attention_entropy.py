@@ -131,8 +131,9 @@ def errors(device: str) -> None:
         print("triton here is its interpreter on the CPU: the arithmetic of the kernel, not that of a GPU")
 
 
-def measure(options: Any, device: str, dtype: torch.dtype) -> None:
-    """Print time and peak memory by length and way."""
+def measure(options: Any, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Print time and peak memory by length and way, and return them as rows."""
+    rows: list[dict[str, Any]] = []
     plain, others = ways(options.causal, device, dtype)
     for n in options.lengths:
         torch.manual_seed(0)
@@ -148,18 +149,33 @@ def measure(options: Any, device: str, dtype: torch.dtype) -> None:
             except torch.OutOfMemoryError:
                 print(f"{n:6d}  {name:18s} out of memory")
                 continue
-            ratios = []
+            bases, taken = [], []
             for _ in range(options.repeats):
-                base = seconds(plain, tensors)
-                ratios.append(seconds(loss, tensors) / base)
+                bases.append(seconds(plain, tensors))
+                taken.append(seconds(loss, tensors))
+            ratios = [a / b for a, b in zip(taken, bases)]
             memory = peak(loss, tensors)
             print(
                 f"{n:6d}  {name:18s} {statistics.median(ratios):12.2f} {min(ratios):7.2f} {max(ratios):7.2f} "
                 f"{memory:9.1f} {memory / alone:7.2f}"
             )
+            both = {"method": f"attention entropy, {name}", "peer_name": f"{baseline} alone", "target": None}
+            of = f"of attention and its entropy, {n} tokens"
+            time_of = {"quantity": f"forward and backward {of}", "unit": "s"}
+            times = {"ours": statistics.median(taken), "peer": statistics.median(bases)}
+            rows.append({**both, **time_of, **times, "ratio": statistics.median(ratios)})
+            peaks = {"quantity": f"live tensors at most, {of}", "unit": "MB", "ours": memory, "peer": alone}
+            rows.append({**both, **peaks, "ratio": memory / alone})
+    return rows
 
 
-def main() -> None:
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    options = options_of(["--lengths", "128", "--repeats", "2"] if quick else ["--lengths", "512", "2048"])
+    return measure(options, options.device, torch.float32)
+
+
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=5)
@@ -171,10 +187,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--causal", action="store_true")
-    options = parser.parse_args()
-    cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    cuda = options.device == "cuda"
     dtype = getattr(torch, options.dtype or ("bfloat16" if cuda else "float32"))
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(

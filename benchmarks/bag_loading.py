@@ -228,8 +228,32 @@ def report(result: dict[str, Any]) -> None:
             )
 
 
-def main() -> None:
-    """Print the table, and write it as JSON where asked."""
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    small = ["--slides=8", "--size=200", "--width=16", "--instances=32", "--repeats=1", "--layouts", "h5"]
+    options = options_of(small if quick else ["--layouts", "pt", "h5", "h5_rows", "h5_gzip"])
+    rows = []
+    for layout in options.layouts:
+        with tempfile.TemporaryDirectory(prefix="bag_loading_") as scratch:
+            result = measure_layout(layout, Path(scratch), options)
+        warm = result["warm"]
+        for side in SIDES:
+            if side == "SlideBags":
+                continue
+            both = {"method": "SlideBags", "peer_name": side}
+            times = [1000 / statistics.median(warm[name]) for name in ("SlideBags", side)]
+            of = f"{DESCRIPTIONS[layout]}, {options.instances} of {options.size:,} x {options.width:,}"
+            ratio = statistics.median(b / a for a, b in zip(warm["SlideBags"], warm[side]))
+            time_of = {"quantity": f"a bag, {of}", "unit": "ms", "ours": times[0], "peer": times[1], "ratio": ratio}
+            rows.append({**both, **time_of, "target": None})
+            grown = [result["memory"][name][-1] for name in ("SlideBags", side)]
+            sizes = {"ours": grown[0], "peer": grown[1], "ratio": grown[0] / grown[1] if grown[1] > 0 else None}
+            rows.append({**both, "quantity": f"memory at four times the size, {of}", "unit": "MiB", **sizes})
+            rows[-1]["target"] = None
+    return rows
+
+
+def options_of(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", type=int, default=200)
     parser.add_argument("--size", type=int, default=10_000, help="instances of a slide")
@@ -241,7 +265,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    """Print the table, and write it as JSON where asked."""
+    arguments = options_of()
     if arguments.measure:
         print(
             json.dumps(

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 import warnings
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -103,7 +104,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):10.4f} {min(values):10.4f} {max(values):10.4f}"
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strides", choices=["stock", "paper"], default="stock")
     parser.add_argument("--batch", type=int, default=8)
@@ -113,7 +114,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a block")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def measured(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step, plain and with BAS, and their ratios, pair by pair."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     set_verbosity("warning")
@@ -121,12 +126,42 @@ def main() -> None:
     labels = torch.arange(options.batch) % options.classes
     batch = torch.randn(options.batch, 3, options.size, options.size), labels
     block(options, batch, True)  # warm-up
-    plain, with_bas, ratios = [], [], []
+    times: dict[str, list[float]] = {"plain": [], "bas": [], "ratio": []}
     for i in range(options.blocks):
         seconds = {bas: block(options, batch, bas) for bas in ([False, True] if i % 2 == 0 else [True, False])}
-        plain.append(seconds[False])
-        with_bas.append(seconds[True])
-        ratios.append(seconds[True] / seconds[False])
+        times["plain"].append(seconds[False])
+        times["bas"].append(seconds[True])
+        times["ratio"].append(seconds[True] / seconds[False])
+    return times
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    rows = []
+    for strides in ("stock", "paper"):
+        small = ["--batch=2", "--size=64", "--classes=10", "--blocks=2", "--steps=1"]
+        options = options_of([f"--strides={strides}", *(small if quick else [])])
+        medians = {way: statistics.median(values) for way, values in measured(options).items()}
+        what = f"ResNet-50, {strides} strides, {options.batch} images of {options.size}"
+        rows.append(
+            {
+                "method": "BAS",
+                "quantity": f"training step, {what}",
+                "unit": "s",
+                "ours": medians["bas"],
+                "peer_name": "plain step",
+                "peer": medians["plain"],
+                "ratio": medians["ratio"],
+                "target": LIMIT[strides],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    options = options_of()
+    times = measured(options)
+    plain, with_bas, ratios = times["plain"], times["bas"], times["ratio"]
 
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.precision}")

@@ -92,7 +92,7 @@ def peak(options: argparse.Namespace, which: str, answer: Any) -> None:
         answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
@@ -103,7 +103,11 @@ def main() -> None:
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def measured(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, list[float]], list[float]]:
+    """Peak memory of a fresh process each way, seconds, and their ratios pair by pair."""
     quiet()
     torch.set_num_threads(options.threads)
 
@@ -127,7 +131,28 @@ def main() -> None:
         ]
         for name, function in passes if i % 2 == 0 else passes[::-1]:
             times[name].append(seconds(function, options.device))
-    ratios = [b / a for a, b in zip(times["plain"], times["diagnosed"])]
+    return memory, times, [b / a for a, b in zip(times["plain"], times["diagnosed"])]
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    options = options_of(["--sequences=8", "--tokens=16", "--layers=2", "--pairs=2"] if quick else [])
+    memory, times, ratios = measured(options)
+    seconds_of = {name: statistics.median(values) for name, values in times.items()}
+    both = {"method": "layer diagnosis", "peer_name": "forward and backward alone"}
+    what = f"BERT of {options.layers} layers, {options.sequences} sequences of {options.tokens} tokens"
+    time_of = {"quantity": what, "unit": "s", "ours": seconds_of["diagnosed"], "peer": seconds_of["plain"]}
+    peaks = {"quantity": f"peak of the process, {what}", "unit": "MB"}
+    sizes = {"ours": memory["diagnosed"], "peer": memory["plain"], "ratio": memory["diagnosed"] / memory["plain"]}
+    return [
+        {**both, **time_of, "ratio": statistics.median(ratios), "target": 1.5},
+        {**both, **peaks, **sizes, "target": 1.2},
+    ]
+
+
+def main() -> None:
+    options = options_of()
+    memory, times, ratios = measured(options)
 
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     rows = "all query rows" if options.queries is None else f"{options.queries} query rows"

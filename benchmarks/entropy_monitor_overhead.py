@@ -88,7 +88,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):10.4f} {min(values):10.4f} {max(values):10.4f}"
 
 
-def main() -> None:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--size", type=int, default=224)
@@ -97,23 +97,57 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps of a block, one of them read")
     parser.add_argument("--readings", type=int, default=10, help="readings in the run that reads every second step")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def images(options: argparse.Namespace) -> list[Tensor]:
+    return [torch.randn(options.batch, 3, options.size, options.size), torch.arange(options.batch) % 10]
+
+
+def measured(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step, plain and monitored, and their ratios, pair by pair."""
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     set_verbosity("warning")
 
-    batch = [torch.randn(options.batch, 3, options.size, options.size), torch.arange(options.batch) % 10]
+    batch = images(options)
     block(options, batch, AttentionEntropyMonitor(), 2)  # warm-up
-    plain, watched, ratios = [], [], []
+    times: dict[str, list[float]] = {"plain": [], "watched": [], "ratio": []}
     for i in range(options.blocks):
         totals = {}
         for on in (False, True) if i % 2 == 0 else (True, False):
             monitor = AttentionEntropyMonitor(every_n_steps=options.steps, log_figures=False) if on else None
             totals[on] = sum(block(options, batch, monitor, options.steps)) / options.steps
-        plain.append(totals[False])
-        watched.append(totals[True])
-        ratios.append(totals[True] / totals[False])
+        times["plain"].append(totals[False])
+        times["watched"].append(totals[True])
+        times["ratio"].append(totals[True] / totals[False])
+    return times
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    options = options_of(["--size=64", "--batch=2", "--blocks=2", "--steps=10"] if quick else [])
+    medians = {way: statistics.median(values) for way, values in measured(options).items()}
+    return [
+        {
+            "method": "AttentionEntropyMonitor",
+            "quantity": f"training step, {options.model}, {options.size} pixels, one reading in {options.steps} steps",
+            "unit": "s",
+            "ours": medians["watched"],
+            "peer_name": "plain step",
+            "peer": medians["plain"],
+            "ratio": medians["ratio"],
+            "target": 1.02,
+        }
+    ]
+
+
+def main() -> None:
+    options = options_of()
+    times = measured(options)
+    plain, watched, ratios = times["plain"], times["watched"], times["ratio"]
+    batch = images(options)
 
     extras = {}
     for title, arguments in (("64 rows", {}), ("every row", {"queries": None}), ("64 rows, probe", {"probe": "train"})):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 BASELINE = "import lightning.pytorch"
 KINDS = {
@@ -33,24 +34,48 @@ def seconds(code: str) -> float:
     return time.perf_counter() - start
 
 
+def measured(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each kind of import, and the median of their ratios to that of Lightning, round by round."""
+    for code in KINDS.values():  # once for the files to be in the page cache and compiled
+        seconds(code)
+    times: dict[str, list[float]] = {name: [] for name in KINDS}
+    for _ in range(rounds):
+        for name, code in KINDS.items():
+            times[name].append(seconds(code))
+    base = times["import lightning.pytorch"]
+    return times, {name: statistics.median(a / b for a, b in zip(values, base)) for name, values in times.items()}
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    times, ratios = measured(1 if quick else 9)
+    peer = "import lightning.pytorch"
+    return [
+        {
+            "method": "import",
+            "quantity": name,
+            "unit": "s",
+            "ours": statistics.median(values),
+            "peer_name": peer,
+            "peer": statistics.median(times[peer]),
+            "ratio": ratios[name],
+            "target": LIMIT,
+        }
+        for name, values in times.items()
+        if name != peer
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for code in KINDS.values():  # once for the files to be in the page cache and compiled
-        seconds(code)
-    times: dict[str, list[float]] = {name: [] for name in KINDS}
-    for _ in range(arguments.rounds):
-        for name, code in KINDS.items():
-            times[name].append(seconds(code))
-    base = times["import lightning.pytorch"]
+    times, ratios = measured(arguments.rounds)
     print(f"{platform.platform()}, Python {platform.python_version()}, {arguments.rounds} rounds\n")
     print("| in a fresh interpreter | median s | spread s | of lightning.pytorch |")
     print("|---|---|---|---|")
-    ratios = {}
     for name, values in times.items():
-        ratios[name] = statistics.median(value / other for value, other in zip(values, base))
         spread = max(values) - min(values)
         print(f"| {name} | {statistics.median(values):.2f} | {spread:.2f} | {ratios[name]:.3f} |")
     met = max(ratios.values()) <= LIMIT

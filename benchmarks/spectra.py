@@ -31,12 +31,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_entropy.functional import condition_number
 from lightning_entropy.surgery import CertifiedSelection, lowest_condition_numbers
+
+TARGETS = {("selection", "official"): 1 / 10, ("report", "official"): 1 / 3}  # on a real encoder
 
 
 def official(weights: list[Tensor]) -> list[float]:
@@ -105,7 +108,8 @@ def sets(blocks: int) -> dict[str, list[Tensor]]:
     return every
 
 
-def compare(name: str, weights: list[Tensor], rounds: int, count: int) -> None:
+def compare(name: str, weights: list[Tensor], rounds: int, count: int) -> list[dict[str, Any]]:
+    """Print the figures of one set of weights, and return those of the two arms of this package as rows."""
     arms: dict[str, Callable[[], object]] = {
         "official": lambda: official(weights),
         "peft": lambda: peft(weights),
@@ -136,6 +140,30 @@ def compare(name: str, weights: list[Tensor], rounds: int, count: int) -> None:
             f"  {arm:10} {statistics.median(taken) * 1e3:8.0f} ms ({min(taken) * 1e3:.0f} to {max(taken) * 1e3:.0f})   "
             f"official / it {over['official']:5.2f}   peft / it {over['peft']:5.2f}"
         )
+    return [
+        {
+            "method": f"condition numbers, {arm}",
+            "quantity": f"{name}, {len(weights)} matrices" + (f", {count} to choose" if arm == "selection" else ""),
+            "unit": "s",
+            "ours": statistics.median(times[arm]),
+            "peer_name": {"official": "KappaTune's SVD", "peft": "peft's singular values"}[other],
+            "peer": statistics.median(times[other]),
+            "ratio": statistics.median(a / b for a, b in zip(times[arm], times[other])),
+            "target": TARGETS.get((arm, other)),
+        }
+        for arm in ("report", "selection")
+        for other in ("official", "peft")
+    ]
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    torch.set_num_threads(1)
+    found = []
+    for name, weights in sets(1 if quick else 4).items():
+        few = weights[:6] if quick else weights
+        found += compare(name, few, 1 if quick else 5, max(1, int(0.2 * len(few))))
+    return found
 
 
 def main() -> None:

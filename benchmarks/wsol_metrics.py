@@ -61,7 +61,9 @@ def true_boxes(count: int, size: int, rng: np.random.Generator) -> list[torch.Te
     return boxes
 
 
-def compare(kind: str, count: int, size: int, backends: list[str]) -> list[list[str]]:
+def compare(
+    kind: str, count: int, size: int, backends: list[str], numbers: list[dict[str, Any]] | None = None
+) -> list[list[str]]:
     rng = np.random.default_rng(0)
     maps, boxes = score_maps(kind, count, size, rng), true_boxes(count, size, rng)
     thresholds = np.arange(0, 1, 0.001)
@@ -89,8 +91,32 @@ def compare(kind: str, count: int, size: int, backends: list[str]) -> list[list[
             if not np.array_equal(metric.correct.numpy(), expected):
                 raise SystemExit(f"{kind}, {name}, {backend}: counts differ from the loop's")
             row.append(f"{1000 * spent[backend] / count:.1f} ({spent['loop'] / spent[backend]:.1f}x)")
+            if numbers is not None:
+                numbers.append(
+                    {
+                        "method": f"{name}, {backend}",
+                        "quantity": f"a map of {size} x {size}, {kind}",
+                        "unit": "ms",
+                        "ours": 1000 * spent[backend] / count,
+                        "peer_name": "published evaluator",
+                        "peer": 1000 * spent["loop"] / count,
+                        "ratio": spent[backend] / spent["loop"],
+                        "target": None,
+                    }
+                )
         rows.append([*row, "equal"])
     return rows
+
+
+def table_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of ``python -m benchmarks``."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    numbers: list[dict[str, Any]] = []
+    for kind in ("cam",) if quick else ("cam", "relu", "objects", "noise"):
+        count = 3 if kind == "noise" else 4 if quick else 200
+        compare(kind, count, 64 if quick else 224, ["auto"] if quick else ["auto", "numpy", "opencv"], numbers)
+    return numbers
 
 
 def main() -> None:

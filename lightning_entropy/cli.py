@@ -186,7 +186,7 @@ def _unusable_checkpoint(path: str | None, error: Exception) -> str | None:
     """What is wrong with the checkpoint, where that is what an error came from."""
     from lightning_entropy.recipes.checkpoints import read_checkpoint
 
-    if path is None or isinstance(error, OSError) or not Path(path).is_file():
+    if path is None or not Path(path).is_file() or getattr(error, "errno", None) in _NOT_WRITTEN:
         return None
     try:
         read_checkpoint(path)

@@ -17,6 +17,7 @@ from lightning_entropy import (
     BackgroundActivationSuppression,
     EntropyGuidedSurgery,
     ForgettingMonitor,
+    InflectionLoRA,
     KappaTune,
     LearnableTemperature,
     SigmaReparam,
@@ -36,6 +37,7 @@ class Case:
     ``undo``: what takes a surgery back; a method without one leaves nothing behind by itself.
     ``sharded``: what FSDP2 is refused with; None where it works.
     ``reentrant``: what reentrant gradient checkpointing is refused with; None where it works.
+    ``manual``: what manual optimization is refused with; None where it works.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     undo: Callable[[Any], None] | None = None
     sharded: str | None = None
     reentrant: str | None = None
+    manual: str | None = None
 
     def build(self, **changes: Any) -> Any:
         return self.make(**{**self.arguments, **changes})
@@ -218,6 +221,29 @@ CASES = [
         undo=lambda callback: callback.report.undo(),
         sharded="shards it",
         incompatible_with={"sigma_reparam": "parametri"},
+    ),
+    Case(
+        "inflection_lora",
+        InflectionLoRA,
+        {
+            "minimum": 0.0,
+            "peaks": False,
+            "top_k": 1,
+            "flat_entropy": 0.0,
+            "flat_gradient": 0.0,
+            "rank": 2,
+            "every_n_epochs": 1,
+        },
+        "lightning_entropy.InflectionLoRA",
+        module=TokenClassifier,
+        error="no attention between tokens ran",
+        second={"layers": "pool.layers.0", "projections": "*linear1", "head": None},
+        weighted=False,
+        undo=lambda callback: callback.report and callback.report.undo(),
+        sharded="shards it",
+        reentrant="use_reentrant=False works",
+        manual="optimizes manually",
+        incompatible_with={"sigma_reparam": "parametri", "softplus_attention": "no attention between tokens ran"},
     ),
     Case(
         "bas",

@@ -16,8 +16,9 @@ value is bounded by their residual instead: some singular value lies within
 .. math:: \rho = \lVert (W v - s u, \; W^\top u - s v) \rVert / \lVert (u, v) \rVert
 
 of *s*, and where :math:`(s + \rho)^2` is below the second smallest eigenvalue less its error, that one is the smallest.
-This bound grows with the condition number only, not with its square. Where it does not hold or is still too much,
-the matrix is decomposed: QR, then the singular values of R, in float64, with an error of at most
+This bound grows with the condition number only, not with its square. Where it is too much because of the rounding of
+:math:`W v`, *u* is corrected by :math:`-W G^{-1} (W^\top u - s v)`. Where it does not hold or is still too much, the
+matrix is decomposed: QR, then the singular values of R, in float64, with an error of at most
 :math:`10 \, m u \, \sigma_1`.
 """
 
@@ -34,8 +35,8 @@ from torch import Tensor
 _UNIT = 2.0**-53
 _SOLVER = 10  # error of an eigensolver or SVD in units of the size times the rounding unit times the norm
 _CHUNK = 1 << 24  # numbers of a matrix that are widened to float64 at once
-_SHIFT = 0.002  # distance of the shift from the smallest eigenvalue, in units of the gap to the second
-_ITERATIONS = 4
+_SHIFT = 0.0005  # distance of the shift from the smallest eigenvalue, in units of the gap to the second
+_ITERATIONS = 3
 
 
 class SingularSpectrum(NamedTuple):
@@ -164,6 +165,12 @@ def gram_matrix(matrix: Tensor) -> Tensor:
     return total
 
 
+def solved(factor: Tensor, vectors: Tensor) -> Tensor:
+    """The solution for a matrix of a Cholesky factor; cholesky_solve copies the factor each time, which costs more."""
+    half = torch.linalg.solve_triangular(factor, vectors, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
 def _eigenvalues(symmetric: Tensor) -> Tensor:
     """Descending."""
     if symmetric.device.type == "cpu":  # numpy's LAPACK took two thirds of the time of torch's
@@ -176,7 +183,8 @@ def _decompose(stack: Tensor, rtol: float, greatest: float) -> tuple[Tensor, Ten
     stack, exponent = moderate(stack, greatest)
     m, n = stack.shape[-2:]
     if rtol > 0:
-        gram = gram_matrix(stack)
+        wide = stack.double() if stack.numel() <= _CHUNK else stack  # a larger one is widened in blocks, when needed
+        gram = gram_matrix(wide)
         squares = _eigenvalues(gram)
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         delta = gamma(m + 1) * trace + _SOLVER * n * _UNIT * squares[..., 0].abs()
@@ -185,11 +193,11 @@ def _decompose(stack: Tensor, rtol: float, greatest: float) -> tuple[Tensor, Ten
         share = delta.unsqueeze(-1) / squares
         errors = torch.where(squares > delta.unsqueeze(-1), (1 - share).rsqrt() - 1 + 4 * _UNIT, torch.inf)
         for i in (errors[:, -1] > rtol).nonzero().flatten().tolist():
-            refined = _refine(stack[i], gram[i], squares[i], float(delta[i])) if n > 1 else None
-            if refined is not None and refined[1] <= rtol:
+            refined = _refine(wide[i], gram[i], squares[i], float(delta[i]), rtol) if n > 1 else None
+            if refined is not None:
                 values[i, -1], errors[i, -1] = refined
             else:
-                values[i], errors[i] = _svd(stack[i])
+                values[i], errors[i] = _svd(wide[i])
     else:
         values, errors = (torch.stack(parts) for parts in zip(*(_svd(one) for one in stack)))
     if exponent is not None:
@@ -221,41 +229,55 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(values > absolute, absolute / (values - absolute), torch.inf)
 
 
-def _refine(matrix: Tensor, gram: Tensor, squares: Tensor, delta: float) -> tuple[float, float] | None:
-    """The smallest singular value from its vectors, with a bound on its relative error; None where that fails."""
+def _refine(matrix: Tensor, gram: Tensor, squares: Tensor, delta: float, rtol: float) -> tuple[float, float] | None:
+    """The smallest singular value from its vectors, with a bound on its relative error; None where that fails.
+
+    ``gram`` is overwritten.
+    """
     m, n = matrix.shape
     first, second = float(squares[-1]), float(squares[-2])
-    shifted = gram.clone()
-    shifted.diagonal().sub_(first - max(_SHIFT * (second - first), 20 * _UNIT * float(squares[0])))
-    factor, failed = torch.linalg.cholesky_ex(shifted)
+    frobenius = math.sqrt(float(gram.diagonal().sum())) * (1 + gamma(m + 2))
+    gram.diagonal().sub_(first - max(_SHIFT * (second - first), 20 * _UNIT * float(squares[0])))
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if bool(failed):
         return None
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(n, 1, generator=generator, dtype=torch.float64).to(gram.device)
     for _ in range(_ITERATIONS):
-        v = torch.cholesky_solve(v, factor)
+        v = solved(factor, v)
         v = v / torch.linalg.vector_norm(v)
-    if matrix.numel() <= _CHUNK:
-        matrix = matrix.double()  # once; a larger one is widened in blocks, and again for the second product
-    wv = torch.cat([product(block, v) for block in row_blocks(matrix)])
+    wv = _times(matrix, v)
     value = float(torch.linalg.vector_norm(wv))
     if not value > 0:
         return None
-    u = wv / value
-    wtu = torch.zeros_like(v)
-    row = 0
-    for block in row_blocks(matrix):
-        wtu += product(block.mT, u[row : row + len(block)])
-        row += len(block)
-    frobenius = math.sqrt(float(gram.diagonal().sum())) * (1 + gamma(m + 2))
+    u, uncorrected = wv / value, True
     # The products are off by gamma(.) |W| |v|, whose norm is at most that of W; u and v are unit vectors to rounding.
     rounding = (gamma(n + 4) + gamma(m + 4)) * frobenius * (1 + 1e-9)
-    first_residual = float(torch.linalg.vector_norm(wv - value * u))
-    second_residual = float(torch.linalg.vector_norm(wtu - value * v))
-    radius = (math.hypot(first_residual, second_residual) + rounding) / math.sqrt(2) * (1 + 1e-9)
-    if radius >= value or (value + radius) ** 2 >= second - delta:
-        return None
-    return value, radius / (value - radius)
+    while True:
+        first_residual = float(torch.linalg.vector_norm(wv - value * u))
+        second_residual = _transposed_times(matrix, u).sub_(v, alpha=value)
+        radius = math.hypot(first_residual, float(torch.linalg.vector_norm(second_residual))) + rounding
+        radius = radius / math.sqrt(2) * (1 + 1e-9)
+        apart = radius < value and (value + radius) ** 2 < second - delta
+        if apart and radius / (value - radius) <= rtol:
+            return value, radius / (value - radius)
+        if not uncorrected:
+            return None
+        # The rounding of W v is large beside the smallest value: the u nearby that W^T takes to a multiple of v.
+        u = u - _times(matrix, solved(factor, second_residual))
+        u, uncorrected = u / torch.linalg.vector_norm(u), False
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.cat([product(block, vector) for block in row_blocks(matrix)])
+
+
+def _transposed_times(matrix: Tensor, vector: Tensor) -> Tensor:
+    row, total = 0, vector.new_zeros(matrix.shape[1], 1)
+    for block in row_blocks(matrix):
+        total += product(block.mT, vector[row : row + len(block)])
+        row += len(block)
+    return total
 
 
 __all__ = ["SingularSpectrum", "singular_spectrum"]

@@ -152,6 +152,7 @@ class GradientFlow:
         self._seen: list[tuple[str, int, _Seen]] = []
         self._last: tuple[Tensor, _Seen] | None = None
         self._handles: list[Any] = []
+        self._opened: set[str] = set()
 
     def __enter__(self) -> GradientFlow:
         for name, layer in [(name, self.module.get_submodule(name)) for name in self.layers]:
@@ -176,6 +177,7 @@ class GradientFlow:
 
     def _forget(self) -> None:
         self._seen.clear()
+        self._opened.clear()
         self._last = None
 
     def _watch(self, x: Tensor) -> _Seen:
@@ -188,7 +190,8 @@ class GradientFlow:
         return seen
 
     def _enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        again = torch._C._current_graph_task_id() != -1  # a forward that checkpointing runs once more in the backward
+        if not torch.is_grad_enabled() or (again and name not in self._opened):
             return None
         x = first_tensor(args)
         key = None
@@ -197,7 +200,7 @@ class GradientFlow:
             if key is None:
                 return None
             x = kwargs[key]
-        if self._last is not None and self._last[0] is x:  # the output of the layer before
+        if not again and self._last is not None and self._last[0] is x:  # the output of the layer before
             self._seen.append((name, 1, self._last[1]))
             return None
         changed = None
@@ -206,6 +209,9 @@ class GradientFlow:
             args = tuple(fresh if a is x else a for a in args)
             changed = (args, kwargs if key is None else {**kwargs, key: fresh})
             x = fresh
+            self._opened.add(name)
+        if again:  # the same operations as before, which were seen then
+            return changed
         self._seen.append((name, 1, self._watch(x)))
         return changed
 
@@ -220,11 +226,11 @@ class GradientFlow:
 
     def _leave(self, name: str, output: Any) -> None:
         x = first_tensor(output)
-        if x is None:
+        if x is None or torch._C._current_graph_task_id() != -1:
             return
         if self.on_output is not None:
             self.on_output(name, x)
-        if x.requires_grad and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if x.requires_grad and torch.is_grad_enabled():
             seen = self._watch(x)
             self._seen.append((name, 0, seen))
             self._last = (x, seen)

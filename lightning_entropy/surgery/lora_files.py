@@ -193,7 +193,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with atomic_write(target / "adapter_model.safetensors") as temporary:
-        safetensors.save_file(tensors, str(temporary), metadata={"format": "pt"})
+        temporary.write_bytes(safetensors.save(tensors, metadata={"format": "pt"}))  # save_file hides a full disk
     config.inference_mode = True
     config.save_pretrained(str(target))
     return target

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_entropy.files import atomic_write
+from lightning_entropy.files import read_record, write_text
 from lightning_entropy.surgery.report import Refusal, SurgeryReport, name_patterns
 
 if TYPE_CHECKING:
@@ -200,10 +200,7 @@ class Selection:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the selection to a JSON file, whole or not at all."""
-        target = Path(path)
-        with atomic_write(target) as temporary:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-        return target
+        return write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Selection:
@@ -212,16 +209,7 @@ class Selection:
         Raises:
             ValueError: if it is no such file.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not JSON: {error}. Selection.save writes the files to load."
-            ) from error
-        try:
-            return cls.from_record(record)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+        return read_record(path, cls.from_record, kind="selection", writer="Selection.save")
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the weights of ``model`` are the ones that were scored (their fingerprint is the same).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_entropy.training.diagnostic_backward import (
     samples_in,
     undisturbed_backward,
 )
+from lightning_entropy.training.feature_reader import FeatureReader
 from lightning_entropy.training.hidden_rows import RowSample, checksum_of, other_weights, tokens_of, with_weights
 from lightning_entropy.training.layer_report import LayerDiagnosis, LayerRow
 
@@ -62,6 +64,19 @@ class DiagnosisRun:
         self.other_rows: dict[str, RowSample] = {}
         self.limit = 0
         self.other: Any = None
+        self.features: FeatureReader | None = None
+
+    def read_features(self, features: FeatureReader) -> None:
+        """Have it see the outputs of the layers and the targets of the losses."""
+        self.features = features
+        before = self.flow.on_output
+
+        def see(name: str, hidden: Tensor) -> None:
+            if before is not None:
+                before(name, hidden)
+            features.see(name, hidden, self.flow.token_mask(hidden.shape))
+
+        self.flow.on_output = see
 
     def compare(self, other: Any, limit: int) -> None:
         """Keep hidden states, and those of another moment where there is one."""
@@ -98,7 +113,7 @@ class DiagnosisRun:
         self.reader.start()
         self.reader.expect(self._valid(batch))
         self.flow.valid = self.reader.valid
-        with OutputError() as error:
+        with self.features or nullcontext(), OutputError() as error:
             value, output = loss_of(self.module, batch, self.loss, OWNER)
             if output is not None:
                 error.watch(output)
@@ -108,6 +123,8 @@ class DiagnosisRun:
             for p in self.module.parameters():
                 p.grad = None
             return self.step(batch)
+        if self.features is not None:
+            self.features.take(self.layers or [], count)
         self.flow.add(self.reference)
         self.reader.add()
         self.samples, self.batches = self.samples + count, self.batches + 1
@@ -183,6 +200,12 @@ class DiagnosisRun:
         error = math.nan if totals["unseen"] else error / samples
         self.layers = totals["layers"]
         assert self.layers is not None
+        if not any(float(FlowSums(*sums).output_tokens) for sums in totals["flow"].values()):
+            raise ValueError(
+                f"{OWNER}: none of the {len(self.layers)} layers ran with gradients recorded, so that nothing can be "
+                "said of them: gradient checkpointing with use_reentrant=True does that, and "
+                "use_reentrant=False works; or they run under torch.no_grad()."
+            )
         gradients = parameter_gradients(self.module, self.layers, self.reference, samples)
         sites = layers_around(totals["entropy"], self.layers)[0]
         rows = []

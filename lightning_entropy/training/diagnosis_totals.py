@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,10 +28,23 @@ def entropies_of(sums: list[Tensor]) -> dict[str, float]:
     }
 
 
+_ALONE: ContextVar[bool] = ContextVar("diagnosing_alone", default=False)
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Diagnoses inside are of this process alone, which the others do not take part in."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def distributed() -> bool:
-    """Whether there are several processes."""
+    """Whether there are several processes that diagnose together."""
     d = torch.distributed
-    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+    return not _ALONE.get() and d.is_available() and d.is_initialized() and d.get_world_size() > 1
 
 
 def merged(mine: dict[str, Any]) -> dict[str, Any]:
@@ -79,4 +94,4 @@ def parameter_gradients(module: nn.Module, layers: Iterable[str], weight: float,
     return out
 
 
-__all__ = ["distributed", "entropies_of", "merged", "parameter_gradients"]
+__all__ = ["distributed", "entropies_of", "in_one_process", "merged", "parameter_gradients"]

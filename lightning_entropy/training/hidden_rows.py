@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_entropy.files import read_stored
 
 
 class RowSample:
@@ -64,18 +65,14 @@ def other_weights(module: nn.Module, source: Any, owner: str) -> dict[str, Tenso
         owner: the name in messages.
 
     Raises:
-        ValueError: if names are missing or shapes differ.
+        ValueError: if the file cannot be read, names are missing or shapes differ.
         FileNotFoundError: if there is no such file.
     """
     state = source
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_stored(source)
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{owner}: {os.fspath(source)} holds a {type(state).__name__}, not tensors by name")
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     own = module.state_dict()

@@ -15,6 +15,7 @@ from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.report import name_patterns
 from lightning_entropy.training.diagnosis_run import OWNER, DiagnosisRun
 from lightning_entropy.training.diagnostic_backward import Loss, on_device, place_of, undisturbed_backward
+from lightning_entropy.training.feature_reader import FeatureReader
 from lightning_entropy.training.layer_report import LayerDiagnosis
 from lightning_entropy.training.lightning import rank_zero_warn
 from lightning_entropy.verbosity import announce
@@ -84,7 +85,71 @@ def diagnose_layers(
         >>> found.layers
         ['layers.0', 'layers.1', 'layers.2']
     """
-    start = (InflectionRule(rule) if isinstance(rule, str) else rule)._replace(**thresholds).check()
+    start = (InflectionRule(rule) if isinstance(rule, str) else rule)._replace(**thresholds)
+    found = measure_layers(
+        module,
+        data,
+        loss=loss,
+        layers=layers,
+        max_batches=max_batches,
+        rule=start,
+        compare_with=compare_with,
+        components=components,
+        debiased=debiased,
+        max_rows=max_rows,
+        keep_representations=keep_representations,
+        queries=queries,
+        valid=valid,
+        progress=progress,
+    )
+    if not found.chosen:
+        rank_zero_warn(f"{OWNER}: {' '.join(found.verdict)}")
+    where = ", ".join(name_patterns(found.layers))
+    announce(f"{OWNER}: {len(found.rows)} layers ({where}) in {found.batches:,} batches; {found}")
+    return found
+
+
+def measure_layers(
+    module: nn.Module,
+    data: Iterable[Any],
+    *,
+    rule: InflectionRule,
+    loss: Loss | None = None,
+    layers: str | Iterable[str] | None = None,
+    max_batches: int | None = None,
+    compare_with: Any = None,
+    components: int = 64,
+    debiased: bool | None = None,
+    max_rows: int = 2048,
+    keep_representations: bool = False,
+    queries: int | None = None,
+    valid: Callable[[Any], Tensor] | None = None,
+    progress: Progress = None,
+    features: FeatureReader | None = None,
+) -> LayerDiagnosis:
+    """:func:`diagnose_layers` without a word about what it found.
+
+    Args:
+        module: see there, as for all but the last.
+        data: see there.
+        rule: see there.
+        loss: see there.
+        layers: see there.
+        max_batches: see there.
+        compare_with: see there.
+        components: see there.
+        debiased: see there.
+        max_rows: see there.
+        keep_representations: see there.
+        queries: see there.
+        valid: see there.
+        progress: see there.
+        features: reads the last layer's pooled hidden states and the targets of the loss.
+
+    Raises:
+        ValueError: see there.
+    """
+    rule.check()
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, got {max_batches}")
     if max_rows < 4:
@@ -94,9 +159,11 @@ def diagnose_layers(
             f"{OWNER}: the parameters of {type(module).__name__} are sharded (FSDP), so that its backward cannot run "
             "outside the strategy. Diagnose before it is wrapped, in setup or configure_model, or offline."
         )
-    run = DiagnosisRun(module, loss, as_patterns(layers), start, queries, valid)
+    run = DiagnosisRun(module, loss, as_patterns(layers), rule, queries, valid)
     if compare_with is not None or keep_representations:
         run.compare(compare_with, max_rows)
+    if features is not None:
+        run.read_features(features)
     total = max_batches or 0
     if isinstance(data, Sized):
         length = len(data)
@@ -109,12 +176,7 @@ def diagnose_layers(
                 run.step(on_device(batch, place_of(module)))
         finally:
             run.reader.detach()
-        found = run.result(components, debiased, keep_representations).choose()
-    if not found.chosen:
-        rank_zero_warn(f"{OWNER}: {' '.join(found.verdict)}")
-    where = ", ".join(name_patterns(found.layers))
-    announce(f"{OWNER}: {len(found.rows)} layers ({where}) in {found.batches:,} batches; {found}")
-    return found
+        return run.result(components, debiased, keep_representations).choose()
 
 
-__all__ = ["diagnose_layers"]
+__all__ = ["diagnose_layers", "measure_layers"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_entropy.files import atomic_write
+from lightning_entropy.files import read_record, write_text
 from lightning_entropy.functional.inflection import InflectionRule, inflection_layers
 
 if TYPE_CHECKING:
@@ -236,10 +236,7 @@ class LayerDiagnosis:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it as JSON, whole or not at all."""
-        target = Path(path)
-        with atomic_write(target) as temporary:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-        return target
+        return write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerDiagnosis:
@@ -248,13 +245,11 @@ class LayerDiagnosis:
         Raises:
             ValueError: if the file holds something else.
         """
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            record = json.loads(text)
-            record = record if isinstance(record, dict) else {}
-            return cls.from_record(record.get("layer_diagnosis", record))  # that of a whole report too
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no layer diagnosis: {error}") from error
+        return read_record(path, cls._of_report, kind="layer diagnosis", writer="LayerDiagnosis.save")
+
+    @classmethod
+    def _of_report(cls, record: dict[str, Any]) -> LayerDiagnosis:
+        return cls.from_record(record.get("layer_diagnosis", record))  # that of a whole report too
 
 
 def _plain(value: Any) -> Any:

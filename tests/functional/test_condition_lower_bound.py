@@ -90,6 +90,29 @@ def test_it_stops_when_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(condition_lower_bound(matrix, 40, stop_above=100.0, inverse=True)) > hopeless
 
 
+def test_short_columns_are_found_sooner() -> None:
+    """A start on the shortest columns needs fewer steps where these are what small singular values come from."""
+    matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(2))
+    few = matrix.clone()
+    few[:, ::8] /= 40
+    kappa = float(condition_number(few).value)
+    for steps, least in ((3, 30.0), (6, 40.0)):
+        bound = float(condition_lower_bound(few, steps))
+        assert least < bound <= kappa
+        assert bound > 3 * float(condition_lower_bound(matrix, steps))
+    few[:, 8] = 0  # the start is this column then, and a wider space has the rest
+    assert float(condition_lower_bound(few, 24)) > 1000
+
+
+@pytest.mark.parametrize("stop_above", [0.5, 1.0, 1e3, 1e30, math.inf])
+def test_any_number_of_interest_and_any_range_of_values(stop_above: float) -> None:
+    matrix = torch.diag(torch.logspace(0, -20, 120, dtype=torch.float64))
+    for one in (matrix, matrix.float(), torch.eye(120), torch.zeros(120, 120)):
+        bound = float(condition_lower_bound(one, 100, stop_above=stop_above))
+        assert bound >= 1 if bool(one.any()) else bound == math.inf
+        assert not torch.equal(one, torch.eye(120).to(one)) or bound <= 1
+
+
 def test_stacks_zeros_and_deficient_matrices() -> None:
     stack = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
     stack[0, 1] = 0

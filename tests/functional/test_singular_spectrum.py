@@ -110,13 +110,26 @@ def test_an_svd_is_made_exactly_where_the_bound_is_too_much(monkeypatch: pytest.
         assert not calls
         assert float(singular_spectrum(matrix, rtol=refined).error) == refined
         assert not calls
-        singular_spectrum(matrix, rtol=refined * 0.999)
+        corrected = float(singular_spectrum(matrix, rtol=refined * 0.999).error)
+        assert corrected < refined
+        assert not calls
+        singular_spectrum(matrix, rtol=corrected * 0.999)
         assert calls.pop() == 1
     assert float(singular_spectrum(with_spectrum(64, 16, integers(16, 10**7))).error) < 1e-5
     assert calls
     calls.clear()
     singular_spectrum(torch.eye(3), rtol=0)
     assert calls
+
+
+def test_correction_does_what_an_svd_would_have_been_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One value far below the rest: the product with its vector is off by what is large beside the value's square."""
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda m: pytest.fail("decomposed"))
+    for low in (1, 2, 5):
+        values = torch.cat([torch.logspace(20, 11, 63, base=2, dtype=torch.float64).round(), torch.tensor([low])])
+        found = singular_spectrum(with_spectrum(256, 64, values))
+        assert bool(((found.values - values).abs() <= found.errors * values).all())
+        assert float(found.error) <= 1e-6
 
 
 def test_a_cluster_at_the_bottom_is_not_claimed_by_refinement() -> None:

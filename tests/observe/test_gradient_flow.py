@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_entropy.observe import GradientFlow, OutputError
 from lightning_entropy.observe.numbered_layers import layers_around, layers_of_sites, numbered_blocks
@@ -151,3 +152,24 @@ def test_numbered_blocks_are_those_with_modules_inside() -> None:
         ["pool"],
     )
     assert layers_of_sites(["a.self", "a.cross", "b.attn"]) == ["a.self", "a.cross", "b"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointed_layers_are_seen_once(frozen: bool) -> None:
+    """Checkpointing runs the layers again in the backward, with the same operations; those are not another forward."""
+    chain, x = Chain().requires_grad_(not frozen), torch.randn(5, 3, 6)
+    names = [f"blocks.{i}" for i in range(4)]
+    found: list[dict[str, tuple[float, float]]] = []
+    for again in (False, True):
+        seen: list[str] = []
+        with GradientFlow(chain, names, on_output=lambda name, _, seen=seen: seen.append(name)) as flow:
+            for _ in range(2):
+                y = checkpoint(chain, x, use_reentrant=False) if again else chain(x)
+                y.square().mean().backward()
+                flow.add(samples=5)
+        assert seen == names * 2
+        found.append(flow.norms())
+    assert found[0].keys() == found[1].keys() == set(names)
+    for name in names:
+        assert found[1][name] == pytest.approx(found[0][name])
+        assert min(found[0][name]) > 0

@@ -86,7 +86,7 @@ def test_gradient_checkpointing(case: Case, reentrant: bool, tmp_path: Path, rec
 
 
 @every_case
-def test_manual_optimization_with_two_optimizers(case: Case, tmp_path: Path) -> None:
+def test_manual_optimization_with_two_optimizers(case: Case, tmp_path: Path, record_property: Any) -> None:
     class TwoOptimizers(case.module):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
@@ -105,7 +105,13 @@ def test_manual_optimization_with_two_optimizers(case: Case, tmp_path: Path) -> 
             parts = [[p for p in self.parameters() if (id(p) in head) == first] for first in (True, False)]
             return [torch.optim.AdamW(part, lr=0.01, eps=1e-4) for part in parts]
 
-    compare(case, tmp_path, built(case, TwoOptimizers, dropout=0.0))
+    module = built(case, TwoOptimizers, dropout=0.0)
+    if case.manual is not None:
+        record_property("refused", case.manual)
+        with pytest.raises(Exception, match=case.manual):
+            compare(case, tmp_path, module)
+        return
+    compare(case, tmp_path, module)
 
 
 @every_case

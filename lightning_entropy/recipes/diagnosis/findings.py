@@ -80,7 +80,7 @@ def gradient_findings(layers: Sequence[str], gradients: Sequence[float], chosen:
                     "puts LoRA where attention is saturated and the gradient is lost, and nowhere else"
                     if chosen
                     else "no layer is both saturated and steep; LoRA on the least specialised weights of all layers",
-                    f"KappaTune(modules={list(chosen)}, mode='lora')" if chosen else "KappaTune(mode='lora')",
+                    'InflectionLoRA(diagnosis="report.json")' if chosen else "KappaTune(mode='lora')",
                     severity if chosen else 0.6 * severity,
                 )
             )

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_entropy.extras import require
+from lightning_entropy.files import read_stored
 
 KINDS = ("timm:NAME", "transformers:NAME_OR_FOLDER", "recipe:NAME", "package.module.LightningModule")
 
@@ -203,8 +203,6 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> str:
         ValueError: if it cannot be read, or the model's names are not in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
     state = _read_state(path)
     wanted = list(module.state_dict())
     prefixes = {key[: -len(wanted[0])] for key in state if key.endswith(wanted[0])} if wanted else {""}
@@ -223,16 +221,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> str:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        found: dict[str, Tensor] = load_file(path)
-        return found
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names no common class for what a damaged or foreign file raises
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint {path} cannot be read with weights_only=True: {first_line}") from error
+    stored = read_stored(path)
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(stored, dict) and isinstance(stored.get(key), dict):
             stored = stored[key]

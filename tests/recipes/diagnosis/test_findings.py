@@ -50,12 +50,12 @@ def test_gradient_drop_is_told_where_it_is_steep(drop: float, told: int) -> None
     if told:
         assert "from l2 to l0" in found[0].what
         assert ("to zero" if math.isinf(drop) else "40x") in found[0].what
-        assert found[0].code == "KappaTune(modules=['l0'], mode='lora')"
+        assert found[0].code == 'InflectionLoRA(diagnosis="report.json")'
 
 
 def test_without_an_inflection_layer_no_diagnosis_file_is_advised() -> None:
     (found,) = gradient_findings(["l0", "l1"], [0.01, 1.0], [])
-    assert "modules" not in found.code
+    assert "InflectionLoRA" not in found.code
 
 
 def test_dead_units_and_narrow_inputs() -> None:
