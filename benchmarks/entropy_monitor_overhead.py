@@ -127,7 +127,7 @@ def measured(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def table_rows(*, quick: bool) -> list[dict[str, Any]]:
     """The rows of ``python -m benchmarks``."""
-    options = options_of(["--size=64", "--batch=2", "--blocks=2", "--steps=10"] if quick else [])
+    options = options_of(["--batch=2", "--blocks=2", "--steps=10"] if quick else [])
     medians = {way: statistics.median(values) for way, values in measured(options).items()}
     return [
         {

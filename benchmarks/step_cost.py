@@ -63,7 +63,7 @@ def block(case: Case, *, on: bool, steps: int, memory: bool = False) -> Clock:
     clock = Clock(memory=memory)
     with tempfile.TemporaryDirectory() as folder:
         # The clock is outermost: it starts before the callback under test and ends after it.
-        run = trainer([clock, *([case.build()] if on else [])], Path(folder), max_epochs=-1, max_steps=steps)
+        run = trainer([clock, *([case.build()] if on else [])], Path(folder), max_epochs=1)
         batches = case.batches()
         run.fit(case.module(), loader((batches * steps)[:steps]))
     return clock

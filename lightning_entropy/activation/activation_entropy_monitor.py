@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.activation_entropy import spacing_entropy
 from lightning_entropy.observe.activation_report import COLUMNS, ActivationReport
 from lightning_entropy.observe.activations import ActivationReader, ActivationSample
@@ -78,6 +79,7 @@ class ActivationEntropyMonitor(Callback):
         log_figures: bool = True,
         log_csv: bool = True,
     ) -> None:
+        check_types(ActivationEntropyMonitor, locals())
         as_patterns(modules)
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")

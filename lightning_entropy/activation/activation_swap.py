@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_entropy.activation.swap import swap_activations
 from lightning_entropy.activation.swap_rules import activation_rules, named_activation
+from lightning_entropy.arguments import check_types
 from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.report import SurgeryReport, name_patterns
 from lightning_entropy.surgery.swap_checkpoint import SwapCheckpoint
@@ -82,6 +83,7 @@ class ActivationSwap(SurgeryCallback):
         input_spread: bool = True,
         log_figures: bool = False,
     ) -> None:
+        check_types(ActivationSwap, locals())
         super().__init__()
         as_patterns(modules)
         self.old, self.new, self.new_options = old, new, dict(new_options or {})
@@ -110,7 +112,9 @@ class ActivationSwap(SurgeryCallback):
             optimizer=(),
         )  # fmt: skip
         if report.added_parameters:
-            hook = module.register_load_state_dict_pre_hook(SwapCheckpoint(self.name, [s.name for s in report.swapped]))
+            hook = module._register_load_state_dict_pre_hook(  # its public name is newer than torch 2.4
+                SwapCheckpoint(self.name, [s.name for s in report.swapped]), with_module=True
+            )
             report.on_undo(hook.remove)
         return report
 

@@ -9,7 +9,6 @@ pre-activations of real networks have a spread far from 1.
 
 # No `from __future__ import annotations`: scripting reads the annotations of the class's attributes as they are.
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.crrelu import crrelu
 from lightning_entropy.functional.crrelu_formula import along_channels, crrelu_formula
 
@@ -75,11 +75,12 @@ class CRReLU(nn.Module):
         inplace: bool | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        check_types(CRReLU, locals())
         super().__init__()
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-        if not math.isfinite(eps):
-            raise ValueError(f"eps must be finite, got {eps}")
+        if not abs(eps) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"eps must be finite, got {eps}; it is held in float32")
         if channels is not None and (scope != "channel" or channels < 1):
             raise ValueError(f'channels must be >= 1 and goes with scope="channel", got {channels} with {scope!r}')
         if holder is not None and scope != "global":

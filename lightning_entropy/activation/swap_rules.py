@@ -111,7 +111,7 @@ def named_activation(name: str, options: dict[str, Any] | None = None) -> Any:
         where, _, kind = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(where), kind)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of names like "../.."
             raise ValueError(f"new={name!r} cannot be imported: {error}") from error
     else:
         found = find_activation(name)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional import aem_loss, entropy_from_logits
 from lightning_entropy.observe import AttentionRecord
 from lightning_entropy.observe.reader import AttentionFunction
@@ -79,6 +80,7 @@ class AttentionEntropyMaximization(AttentionLossTerm):
         reduction: str = "mean",
         modules: str | list[str] | AttentionFunction | None = None,
     ) -> None:
+        check_types(AttentionEntropyMaximization, locals())
         super().__init__(weight, schedule=schedule, end_weight=end_weight, modules=modules)
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.plain_blocks import RemovedNorm, fuse_linear_ffn, remove_layer_norm
 from lightning_entropy.surgery.report import SurgeryReport
@@ -49,6 +50,7 @@ class EntropyGuidedSurgery(SurgeryCallback):
         fuse: bool = False,
         modules: str | list[str] | None = None,
     ) -> None:
+        check_types(EntropyGuidedSurgery, locals())
         super().__init__()
         as_patterns(modules)
         if not (scale or remove_norm or fuse):

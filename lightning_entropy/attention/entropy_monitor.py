@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.training.attention_report import AttentionEntropyReport, HeadLimits, Heads
 from lightning_entropy.training.entropy_record import EntropyRecord
 from lightning_entropy.training.entropy_watch import AttentionEntropyWatch
@@ -87,6 +88,7 @@ class AttentionEntropyMonitor(AttentionEntropyWatch):
         log_figures: bool = True,
         csv: bool = True,
     ) -> None:
+        check_types(AttentionEntropyMonitor, locals())
         limits = HeadLimits(collapse, overload, sink)
         super().__init__(every_n_steps=every_n_steps, queries=queries, modules=modules, limits=limits)
         if patience < 1:

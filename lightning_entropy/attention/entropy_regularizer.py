@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.entropy_penalty import attention_entropy_penalty, check_objective
 from lightning_entropy.observe import LayerEntropy
 from lightning_entropy.training.entropy_term import AttentionEntropyTerm
@@ -92,6 +93,7 @@ class AttentionEntropyRegularizer(AttentionEntropyTerm):
         end_weight: float = 0.0,
         modules: str | list[str] | None = None,
     ) -> None:
+        check_types(AttentionEntropyRegularizer, locals())
         super().__init__(weight, schedule=schedule, end_weight=end_weight, modules=modules, queries=queries)
         self.target = _DEFAULT_TARGETS.get(objective) if target is None else target
         self.tolerance = (0.2 if objective == "band" else 0.0) if tolerance is None else tolerance

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.entropy_scaling import entropy_scaling_factor
 from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.attention_call import AttentionCall, ScaledLogits, rewrite_attention
@@ -256,6 +257,7 @@ class AttentionEntropyScaling(Callback):
         prefix_tokens: int | None = None,
         modules: str | list[str] | None = None,
     ) -> None:
+        check_types(AttentionEntropyScaling, locals())
         super().__init__()
         _scaling(base_tokens, base_size, mode, variance, prefix_tokens)
         self.base_tokens = base_tokens

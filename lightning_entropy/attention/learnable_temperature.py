@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.surgery.attention_call import AttentionCall, ScaledLogits, rewrite_attention
 from lightning_entropy.surgery.attention_modules import attention_heads
 from lightning_entropy.surgery.report import SurgeryReport
@@ -146,6 +147,7 @@ class LearnableTemperature(SurgeryCallback):
     def __init__(
         self, init: float = 1.0, *, positions: int | None = None, modules: str | list[str] | None = None
     ) -> None:
+        check_types(LearnableTemperature, locals())
         super().__init__()
         _Temperature(init, positions)  # it knows the ranges
         self.init = init

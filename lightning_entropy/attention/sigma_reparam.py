@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.surgery.report import SurgeryReport, name_patterns
 from lightning_entropy.surgery.sigma_reparametrize import (
@@ -77,6 +78,7 @@ class SigmaReparam(SurgeryCallback):
         decay_gamma: bool = False,
         log_figures: bool = False,
     ) -> None:
+        check_types(SigmaReparam, locals())
         super().__init__()
         as_patterns(modules)
         if gamma_init not in GAMMA_INITS:

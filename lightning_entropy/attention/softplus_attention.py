@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.extras import require
 from lightning_entropy.functional.softplus_attention import lssa_attention, lssar_attention
 from lightning_entropy.surgery.attention_call import AttentionCall, ReplacedAttention, rewrite_attention
@@ -132,6 +133,7 @@ class SoftplusAttention(SurgeryCallback):
         offset_rows: int = 3,
         modules: str | list[str] | None = None,
     ) -> None:
+        check_types(SoftplusAttention, locals())
         super().__init__()
         _attention(variant, power, offset_rows)
         self.variant = variant

@@ -114,7 +114,7 @@ def _enter_clam(features: Path, layout: str) -> Path:
 def _require_aem(path: Path, handles: H5Handles) -> str:
     try:
         file = handles.get(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as HDF5: {error}") from error
     names = list(file)
     if not names or not any(hasattr(file[name], "keys") and "feat" in file[name] for name in names):
@@ -131,7 +131,7 @@ def _kind_of_h5(paths: list[Path], handles: H5Handles) -> str:
     for path in paths:
         try:
             found[path.name] = sorted(handles.get(path))
-        except OSError:  # damaged: reported with its row once the layout is known
+        except (OSError, RuntimeError):  # damaged: reported with its row once the layout is known
             continue
         if len(found) == _LOOKED_INTO:
             break

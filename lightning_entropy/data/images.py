@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.split_data import SplitData
@@ -107,6 +108,7 @@ class ImageSet(SplitData[ImageSource, ImageDataset]):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_types(ImageSet, locals())
         super().__init__()
         check_arguments(
             least=(

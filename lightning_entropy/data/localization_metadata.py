@@ -163,7 +163,7 @@ class _Split:
             name, *sides = text.rsplit(",", 2)
             if not self._known("image_sizes.txt", line, name):
                 continue
-            if len(sides) != 2 or not all(side.strip().isdecimal() and int(side) for side in sides):
+            if len(sides) != 2 or not all(side.strip().isdecimal() and 0 < int(side) < 2**31 for side in sides):
                 self._problem("image_sizes.txt", line, f"NAME,WIDTH,HEIGHT is needed, got {text!r}")
             else:
                 found[name] = (int(sides[1]), int(sides[0]))

@@ -172,7 +172,7 @@ def open_image(path: str | Path, mode: str | None) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image if mode is None else image.convert(mode))
-    except OSError as error:  # PIL's answer to a damaged file does not name it
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's answers to a damaged file do not name it
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

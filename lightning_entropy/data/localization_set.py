@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.image_source import SPLITS
 from lightning_entropy.data.localization_picture import LocalizationSource, View
 from lightning_entropy.data.localization_source import open_localization
@@ -177,6 +178,7 @@ class LocalizationSet(SplitData[LocalizationSource, LocalizationDataset]):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_types(LocalizationSet, locals())
         super().__init__()
         check_arguments(
             least=(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.bag_dataset import BagDataset, collate_bags
 from lightning_entropy.data.epoch_sampler import ResumableLoader
 from lightning_entropy.data.open_source import check_arguments, is_draw, open_source
@@ -98,6 +99,7 @@ class SlideBags(SplitData[BagSource, BagDataset]):
         options: dict[str, Any] | None = None,
         pin_memory: bool = False,
     ) -> None:
+        check_types(SlideBags, locals())
         super().__init__()
         check_arguments(
             least=(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.pretrained import load_tokenizer
 from lightning_entropy.data.split_data import SplitLoaders
@@ -123,6 +124,7 @@ class TextStream(SplitLoaders[WindowDataset]):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_types(TextStream, locals())
         super().__init__()
         check_arguments(
             least=(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.image_source import SPLITS
 from lightning_entropy.data.open_source import check_arguments
 from lightning_entropy.data.pretrained import load_tokenizer
@@ -87,6 +88,7 @@ class TextSet(SplitData[TextSource, TextDataset]):
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        check_types(TextSet, locals())
         super().__init__()
         check_arguments(
             least=(

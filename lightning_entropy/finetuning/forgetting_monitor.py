@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.training.forgetting_figure import plot_forgetting
 from lightning_entropy.training.forgetting_history import Reading
 from lightning_entropy.training.forgetting_record import ForgettingRecord
@@ -86,6 +87,7 @@ class ForgettingMonitor(Callback):
         log_figures: bool = True,
         json: bool = True,
     ) -> None:
+        check_types(ForgettingMonitor, locals())
         owner = type(self).__name__
         check_metric(metric, owner)
         check_step(step, owner)

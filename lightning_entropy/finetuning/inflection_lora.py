@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.files import atomic_write
 from lightning_entropy.functional.inflection import InflectionRule
 from lightning_entropy.functional.linear_probe import LinearProbe
@@ -137,6 +138,7 @@ class InflectionLoRA(FineTuningCallback):
         full_path: bool | str = False,
         log_figures: bool = False,
     ) -> None:
+        check_types(InflectionLoRA, locals())
         super().__init__(mode="lora", rank=rank, alpha=alpha, dropout=dropout, head=head, norms=norms, save=save)
         owner = type(self).__name__
         self.rule = rule_settings(
@@ -164,7 +166,7 @@ class InflectionLoRA(FineTuningCallback):
         if isinstance(layers, Sequence) and not layers:
             raise ValueError("layers must name at least one layer; None leaves the choice to the diagnosis")
         if projections not in PROJECTIONS:
-            as_patterns(projections)
+            as_patterns(projections, argument="projections")
         self.diagnosis, self.layers, self.seed, self.projections = diagnosis, layers, seed, projections
         self.batches, self.weak_features, self.full_path = batches, weak_features, full_path
         self.log_figures = log_figures

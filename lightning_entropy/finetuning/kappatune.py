@@ -17,6 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.observe.model_weights import model_weights
 from lightning_entropy.observe.selection import as_patterns
 from lightning_entropy.observe.stored_weights import narrow
@@ -94,6 +95,7 @@ class KappaTune(FineTuningCallback):
         seed: int = 0,
         log_figures: bool = False,
     ) -> None:
+        check_types(KappaTune, locals())
         super().__init__(
             mode=mode, rank=rank, alpha=alpha, dropout=dropout, head=head, norms=norms, selection=selection, save=save
         )
@@ -102,7 +104,7 @@ class KappaTune(FineTuningCallback):
         if batches < 1:
             raise ValueError(f"batches must be >= 1, got {batches}")
         as_patterns(modules)
-        as_patterns(exclude)
+        as_patterns(exclude, argument="exclude")
         self.budget, self.by, self.normalize, self.largest = budget, by, normalize, largest
         self.modules, self.exclude, self.batches, self.seed = modules, exclude, batches, seed
         self.log_figures = log_figures

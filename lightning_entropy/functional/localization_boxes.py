@@ -128,10 +128,10 @@ def protocol_thresholds(interval: float = 0.001) -> NDArray[np.float64]:
         ``np.arange(0, 1, interval)``.
 
     Raises:
-        ValueError: if the interval is not in (0, 1].
+        ValueError: if the interval is not in [1e-6, 1].
     """
-    if not 0 < interval <= 1:
-        raise ValueError(f"interval must be > 0 and <= 1, got {interval}")
+    if not 1e-6 <= interval <= 1:  # finer is a million thresholds, of which each map is searched at all
+        raise ValueError(f"interval must be at least 1e-6 and at most 1, got {interval}")
     return np.arange(0, 1, interval)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.bas import VARIANTS, check_factors
 from lightning_entropy.localization.bas_step import bas_parts
 from lightning_entropy.localization.foreground_generator import ForegroundGenerator
@@ -109,6 +110,7 @@ class BackgroundActivationSuppression(LossTerm, SurgeryCallback):
         schedule: str | WeightSchedule = "constant",
         end_weight: float = 0.0,
     ) -> None:
+        check_types(BackgroundActivationSuppression, locals())
         LossTerm.__init__(self, weight, schedule=schedule, end_weight=end_weight)
         SurgeryCallback.__init__(self)
         check_factors(alpha=alpha, beta=beta)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.foreground_maps import label_convolution, mean_of_top_classes
 
 
@@ -35,6 +36,7 @@ class ForegroundGenerator(nn.Module):
     """
 
     def __init__(self, channels: int, classes: int, *, bias: bool = True, seed: int = 0) -> None:
+        check_types(ForegroundGenerator, locals())
         super().__init__()
         for name, value in (("channels", channels), ("classes", classes)):
             if value < 1:

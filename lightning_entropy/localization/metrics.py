@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.localization_boxes import Backend, Contours
 from lightning_entropy.training.box_metric import BoxMetric, Missing
 
@@ -66,6 +67,7 @@ class MaxBoxAccuracy(BoxMetric):
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
+        check_types(MaxBoxAccuracy, locals())
         super().__init__(
             iou=(iou,),
             contours=contours,
@@ -137,6 +139,7 @@ class MaxBoxAccuracyV2(BoxMetric):
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
+        check_types(MaxBoxAccuracyV2, locals())
         super().__init__(
             iou=iou,
             contours="all",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional import (
     pixel_average_precision,
     pixel_precision_recall,
@@ -52,6 +53,7 @@ class PixelAveragePrecision(Metric):
     histograms: Tensor
 
     def __init__(self, *, interval: float = 0.001, normalize: bool = True, **kwargs: Any) -> None:
+        check_types(PixelAveragePrecision, locals())
         super().__init__(**kwargs)
         self.interval, self.normalize = interval, normalize
         bins = len(protocol_thresholds(interval)) + 2

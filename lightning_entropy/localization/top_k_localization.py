@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.localization_boxes import Backend, Contours
 from lightning_entropy.training.box_metric import BoxMetric, Missing, middle_of_best
 
@@ -57,6 +58,7 @@ class TopKLocalization(BoxMetric):
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
+        check_types(TopKLocalization, locals())
         self_k = (k,) if isinstance(k, int) else tuple(k)
         if not self_k or not all(value >= 1 for value in self_k):
             raise ValueError(f"k must be >= 1, got {k}")

@@ -57,7 +57,7 @@ def instance_counts(*values: Any) -> set[int]:
     return sizes
 
 
-def as_patterns(modules: str | Iterable[str] | None) -> list[str] | None:
+def as_patterns(modules: str | Iterable[str] | None, *, argument: str = "modules") -> list[str] | None:
     """Normalise the argument ``modules``: a shell pattern, a list of them, or None for automatic.
 
     Raises:
@@ -68,10 +68,10 @@ def as_patterns(modules: str | Iterable[str] | None) -> list[str] | None:
         return None
     patterns = [modules] if isinstance(modules, str) else list(modules)
     if not patterns:
-        raise ValueError("modules must name at least one pattern, got an empty list; None selects automatically")
+        raise ValueError(f"{argument} must name at least one pattern, got an empty list; None selects automatically")
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"modules must be shell patterns over dotted names, got {pattern!r}")
+            raise TypeError(f"{argument} must be shell patterns over dotted names, got {pattern!r}")
     return patterns
 
 

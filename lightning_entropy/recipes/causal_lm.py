@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.token_batches import Tokens
 from lightning_entropy.recipes.classifier import AdamWModule, Decay
 from lightning_entropy.recipes.pretrained_model import load_pretrained
@@ -57,6 +58,7 @@ class CausalLM(AdamWModule):
         decay: Decay = "constant",
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        check_types(CausalLM, locals())
         super().__init__(lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, decay=decay)
         if not isinstance(model, str) and model_kwargs:
             raise ValueError("model_kwargs are for a model that is loaded by its name; this one exists already")

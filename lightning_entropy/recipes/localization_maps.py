@@ -56,7 +56,7 @@ def map_kind(name: str) -> MapKind:
     if name in FIXED:
         return MapKind(name, None)
     raise ValueError(
-        f"there is no map {name!r}; there are {', '.join((*LEARNED, *FIXED))}, and of the first {len(LEARNED)} "
+        f"maps: there is no map {name!r}; there are {', '.join((*LEARNED, *FIXED))}, and of the first {len(LEARNED)} "
         f"NAME_mean, over all classes, and NAME_top5, over the 5 likeliest ones; of {', '.join(LAYERED)} NAME@LAYER, "
         "at the output of a module"
     )

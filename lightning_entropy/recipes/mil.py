@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data import Batch
 from lightning_entropy.recipes.abmil import Pooling
 from lightning_entropy.recipes.bag_attention import UnreadableAttention, attend
@@ -89,6 +90,7 @@ class MILClassifier(LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         adapter: str | Callable[[nn.Module, Batch], Tensor] | None = None,
     ) -> None:
+        check_types(MILClassifier, locals())
         super().__init__()
         for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
             if not (math.isfinite(value) and value >= 0):

@@ -239,7 +239,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """Read a run's file; ``None`` if it is absent or not a whole record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return None
     whole = isinstance(record, dict) and {"fingerprint", "metrics", "config"} <= record.keys()
     return record if whole else None

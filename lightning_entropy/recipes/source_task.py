@@ -190,11 +190,12 @@ def _read(module: nn.Module, file: Path) -> dict[str, float]:
 
 
 def _write(module: nn.Module, file: Path, told: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     weights = {name: value.detach().cpu().clone().contiguous() for name, value in module.state_dict().items()}
     with atomic_write(file) as temporary:
-        save_file(weights, temporary, metadata={"source_task": json.dumps(told)})
+        # save_file hides a full disk.
+        temporary.write_bytes(save(weights, metadata={"source_task": json.dumps(told)}))
 
 
 __all__ = ["SourceTask", "train_on_source"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.token_batches import TextBatch, TextPairs, Tokens
 from lightning_entropy.recipes.classifier import Classifier, Decay
 from lightning_entropy.recipes.pretrained_model import load_pretrained
@@ -68,6 +69,7 @@ class TextClassifier(Classifier):
         label_smoothing: float = 0.0,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        check_types(TextClassifier, locals())
         training: dict[str, Any] = {"warmup_steps": warmup_steps, "decay": decay, "label_smoothing": label_smoothing}
         super().__init__(lr=lr, weight_decay=weight_decay, **training)
         if head_lr is not None and not (math.isfinite(head_lr) and head_lr >= 0):

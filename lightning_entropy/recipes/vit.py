@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_entropy.activation.swap import swap_activations
 from lightning_entropy.activation.swap_rules import named_activation
+from lightning_entropy.arguments import check_types
 from lightning_entropy.data.images import ImageBatch
 from lightning_entropy.extras import require
 from lightning_entropy.recipes.classifier import Classifier, Decay, WarmUp
@@ -72,6 +73,7 @@ class ViTClassifier(Classifier):
         label_smoothing: float = 0.0,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        check_types(ViTClassifier, locals())
         training: dict[str, Any] = {"warmup_steps": warmup_steps, "decay": decay, "label_smoothing": label_smoothing}
         super().__init__(lr=lr, weight_decay=weight_decay, **training)
         if not isinstance(model, str) and (qk_norm or model_kwargs or activation):

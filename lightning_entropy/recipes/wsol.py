@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
+from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.localization_boxes import Contours
 from lightning_entropy.recipes.classifier import Decay
 from lightning_entropy.recipes.localization_evaluation import LocalizationEvaluation
@@ -113,6 +114,7 @@ class ImageLocalizer(LocalizationEvaluation):
         decay_epochs: Sequence[int] = (),
     ) -> None:
         training: dict[str, Any] = {"warmup_steps": warmup_steps, "decay": decay, "label_smoothing": label_smoothing}
+        check_types(ImageLocalizer, locals())
         super().__init__(lr=lr, weight_decay=weight_decay, **training)
         if not isinstance(backbone, str) and (pretrained or backbone_kwargs):
             raise ValueError("pretrained and backbone_kwargs are for a backbone given by name; this one exists already")

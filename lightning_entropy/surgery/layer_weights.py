@@ -52,7 +52,7 @@ def layer_weights(
     weights = [w for w in model_weights(model) if not _inside(w.module, exclude)]
     weights = [w for w in weights if w.refusal is None or not isinstance(w.holder, nn.Embedding)]
     if projections not in PROJECTIONS:
-        weights = narrow(weights, as_patterns(projections) or [], owner, argument="projections")
+        weights = narrow(weights, as_patterns(projections, argument="projections") or [], owner, argument="projections")
     found: dict[str, list[StoredWeight]] = {}
     computing: list[str] | None = None
     for layer, sites in layers.items():

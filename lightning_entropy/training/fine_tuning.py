@@ -90,7 +90,7 @@ class FineTuningCallback(ModelSurgery):
             raise ValueError(
                 f"rank must be >= 1, alpha > 0 and dropout in [0, 1), got rank={rank}, alpha={alpha}, dropout={dropout}"
             )
-        as_patterns(head)
+        as_patterns(head, argument="head")
         self.mode, self.rank, self.alpha, self.dropout = mode, rank, alpha, dropout
         self.head, self.norms, self.selection, self.save = head, norms, selection, save
         self.chosen: FineTuningRecord | None = None
