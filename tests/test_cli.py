@@ -186,13 +186,13 @@ def test_latest_checkpoint_follows_a_moved_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="fit first"):
         latest_checkpoint(tmp_path, "last")
     (tmp_path / "best.ckpt").touch()
-    state = {"callbacks": {"ModelCheckpoint{...}": {"best_model_path": "/elsewhere/best.ckpt"}}}
+    state = {"state_dict": {}, "callbacks": {"ModelCheckpoint{...}": {"best_model_path": "/elsewhere/best.ckpt"}}}
     torch.save(state, tmp_path / "last.ckpt")
     assert latest_checkpoint(tmp_path, "best") == tmp_path / "best.ckpt"
     (tmp_path / "best.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match="is gone"):
         latest_checkpoint(tmp_path, "best")
-    torch.save({}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
     with pytest.raises(FileNotFoundError, match="use last"):
         latest_checkpoint(tmp_path, "best")
 

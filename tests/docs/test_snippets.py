@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from lightning_entropy.recipes.catalog import RECIPES
+from lightning_entropy.training.lightning import Trainer
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(<!-- run -->\n)?```(python|yaml|console)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -87,14 +90,18 @@ def test_yaml_blocks_name_classes_and_arguments_that_exist(page: Path) -> None:
         config = yaml.safe_load(block.text)
         for entry in entries(config):
             load(entry["class_path"])(**entry.get("init_args", {}))
-        for section, path in (
-            ("model", "lightning_entropy.MILClassifier"),
-            ("data", "lightning_entropy.SlideBags"),
-            ("trainer", "lightning.pytorch.Trainer"),
-        ):
-            known = inspect.signature(load(path).__init__).parameters
-            unknown = set(config.get(section, {})) - set(known)
-            assert not unknown, f"{name(page)}:{block.line}: {section} has no {sorted(unknown)}"
+        trainer = set(config.get("trainer", {})) - set(inspect.signature(Trainer.__init__).parameters)
+        assert not trainer, f"{name(page)}:{block.line}: trainer has no {sorted(trainer)}"
+        # A model and its data are those of one recipe.
+        unknown = [
+            [
+                f"{section}.{key}"
+                for section, path in (("model", recipe.model), ("data", recipe.data))
+                for key in set(config.get(section, {})) - set(inspect.signature(load(path).__init__).parameters)
+            ]
+            for recipe in RECIPES
+        ]
+        assert [] in unknown, f"{name(page)}:{block.line}: no recipe takes all of it, the first has no {unknown[0]}"
 
 
 def test_every_command_shown_exists() -> None:
