@@ -11,6 +11,7 @@ import numpy as np
 from lightning_entropy.finetuning.forgetting_monitor import ForgettingMonitor
 from lightning_entropy.recipes.comparison_figures import COLORS, MARKERS
 from lightning_entropy.recipes.comparison_result import Comparison
+from lightning_entropy.recipes.paired_statistics import mean_and_deviation
 from lightning_entropy.training.forgetting_history import Reading, old_at
 from lightning_entropy.training.lightning import Trainer
 
@@ -116,15 +117,6 @@ def across(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
     return found
 
 
-def _mean(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        "runs": len(known),
-    }
-
-
 def numbers(comparison: Comparison) -> dict[str, Any]:
     """What :func:`draw` draws.
 
@@ -145,11 +137,11 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
             INCREASE: lambda reading: reading["old"][_TASK].get(INCREASE),
         }
         path = {
-            name: [_mean([column(run[step]) for run in known if step in run]) for step in steps]
+            name: [mean_and_deviation([column(run[step]) for run in known if step in run]) for step in steps]
             for name, column in columns.items()
         }
         names = ("accuracy", "perplexity", "loss", "forgetting", "forgetting_at_equal_loss", "trained_parameters")
-        final = {name: _mean(list(comparison.values(variant, name).values())) for name in names}
+        final = {name: mean_and_deviation(list(comparison.values(variant, name).values())) for name in names}
         found[variant] = {"runs": len(runs), "path": {"step": steps, **path}, "final": final}
     return found
 

@@ -12,7 +12,7 @@ from lightning_entropy.recipes.catalog import find_recipe
 from lightning_entropy.recipes.comparison_figures import COLORS, MARKERS
 from lightning_entropy.recipes.comparison_result import Comparison
 from lightning_entropy.recipes.layer_change import LayerChange
-from lightning_entropy.recipes.paired_statistics import paired_difference
+from lightning_entropy.recipes.paired_statistics import mean_and_deviation, paired_difference
 from lightning_entropy.recipes.variants import read_yaml
 from lightning_entropy.training.fine_tuning import FineTuningCallback
 from lightning_entropy.training.lightning import Trainer
@@ -125,15 +125,6 @@ def across(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
     return found
 
 
-def _mean(values: Sequence[float | None]) -> dict[str, Any]:
-    known = _known(values)
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        "runs": len(known),
-    }
-
-
 def _difference(comparison: Comparison, variant: str, other: str) -> dict[str, Any] | None:
     own, base = comparison.values(variant, "accuracy"), comparison.values(other, "accuracy")
     pairs = [key for key in own if key in base]
@@ -173,7 +164,8 @@ def _of_regime(comparison: Comparison, arms: Mapping[str, str]) -> dict[str, Any
         if run.get("layers"):
             starts.setdefault((run["fold"], run["seed"]), run["layers"]["before"])
     before = {
-        name: [_mean([start[name][i] for start in starts.values()]) for i in range(len(layers))] for name in PROFILE
+        name: [mean_and_deviation([start[name][i] for start in starts.values()]) for i in range(len(layers))]
+        for name in PROFILE
     }
     found: dict[str, Any] = {}
     for arm, variant in arms.items():
@@ -181,15 +173,15 @@ def _of_regime(comparison: Comparison, arms: Mapping[str, str]) -> dict[str, Any
         ends = [run["layers"]["after"] for run in runs[arm] if run.get("layers", {}).get("after")]
         adapted = [run["adapted"] for run in runs[arm] if run.get("adapted") is not None]
         found[arm] = {
-            "accuracy": {**_mean(list(accuracy.values())), "each": list(accuracy.values())},
+            "accuracy": {**mean_and_deviation(list(accuracy.values())), "each": list(accuracy.values())},
             **{
                 f"over_{other}": _difference(comparison, variant, arms[other])
                 for other in (CONTROL, BASELINE)
                 if other in arms
             },
-            "trained_parameters": _mean(list(comparison.values(variant, "trained_parameters").values())),
-            "delta_cka": [_mean([end["delta_cka"][i] for end in ends]) for i in range(len(layers))],
-            "retained_variance": _mean([value for end in ends for value in end["retained_variance"]]),
+            "trained_parameters": mean_and_deviation(list(comparison.values(variant, "trained_parameters").values())),
+            "delta_cka": [mean_and_deviation([end["delta_cka"][i] for end in ends]) for i in range(len(layers))],
+            "retained_variance": mean_and_deviation([value for end in ends for value in end["retained_variance"]]),
             "adapted": {layer: sum(layer in names for names in adapted) for layer in layers} if adapted else None,
         }
     return {"layers": layers, "before": before, "arms": found}

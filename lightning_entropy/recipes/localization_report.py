@@ -7,15 +7,13 @@ there, and none of the test images.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from lightning_entropy.recipes.comparison_figures import COLORS, MARKERS
 from lightning_entropy.recipes.comparison_result import Comparison
 from lightning_entropy.recipes.localization_maps import FIXED
+from lightning_entropy.recipes.paired_statistics import mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,15 +66,6 @@ def summarize(record: Mapping[str, Any]) -> dict[str, float | None]:
     return {score: value for score, value in kept.items() if value is not None}
 
 
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    known = [value for value in values if math.isfinite(value)]
-    return {
-        "mean": float(np.mean(known)) if known else None,
-        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
-        "runs": len(known),
-    }
-
-
 def numbers(comparison: Comparison) -> dict[str, Any]:
     """What :func:`draw` draws.
 
@@ -91,13 +80,13 @@ def numbers(comparison: Comparison) -> dict[str, Any]:
         maps: dict[str, Any] = {}
         for name in names:
             scores = {score: list(comparison.values(variant, f"{name}/{score}").values()) for score in TITLES}
-            maps[name] = {score: _mean(values) for score, values in scores.items() if values}
+            maps[name] = {score: mean_and_deviation(values) for score, values in scores.items() if values}
         chosen = [chosen_map(run) for run in runs]
         found[variant] = {
             "runs": len(runs),
             "maps": maps,
             "chosen": {name: chosen.count(name) for name in dict.fromkeys(chosen) if name},
-            "accuracy": _mean(list(comparison.values(variant, "accuracy").values())),
+            "accuracy": mean_and_deviation(list(comparison.values(variant, "accuracy").values())),
         }
     return found
 

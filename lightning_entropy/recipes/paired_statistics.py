@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 _TINY = 1e-300
 
@@ -31,6 +34,27 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
         if i > 0 and abs(c * d - 1) < 1e-15:
             break
     return front * (value - 1) / a
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any]:
+    """What a figure says of runs.
+
+    Args:
+        values: one a run; None and what is not finite are left out.
+
+    Returns:
+        ``mean``, and sample standard deviation ``std``, None where there are too few; ``runs``, how many there were.
+
+    Example:
+        >>> mean_and_deviation([1.0, 3.0, None])["mean"]
+        2.0
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "std": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+        "runs": len(known),
+    }
 
 
 def t_cdf(t: float, *, df: float) -> float:
@@ -132,4 +156,4 @@ def paired_difference(
     return PairedDifference(mean, mean - half, mean + half, wins, pairs)
 
 
-__all__ = ["PairedDifference", "paired_difference", "t_cdf", "t_quantile"]
+__all__ = ["PairedDifference", "mean_and_deviation", "paired_difference", "t_cdf", "t_quantile"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_entropy.recipes.paired_statistics import paired_difference, t_cdf, t_quantile
+from lightning_entropy.recipes.paired_statistics import mean_and_deviation, paired_difference, t_cdf, t_quantile
 
 # Two-sided 95 % and 99 % points of printed tables of Student's t.
 TABLE = {
@@ -55,3 +55,10 @@ def test_one_pair_has_no_interval() -> None:
     assert math.isnan(found.high)
     with pytest.raises(ValueError, match="as many"):
         paired_difference([1.0], [])
+
+
+def test_mean_and_deviation_leave_out_what_is_no_number() -> None:
+    found = mean_and_deviation([1.0, None, 2.0, math.nan, 6.0, math.inf])
+    assert found == {"mean": 3.0, "std": pytest.approx(7**0.5), "runs": 3}
+    assert mean_and_deviation([2.0]) == {"mean": 2.0, "std": None, "runs": 1}
+    assert mean_and_deviation([None]) == {"mean": None, "std": None, "runs": 0}
