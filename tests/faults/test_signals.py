@@ -65,7 +65,8 @@ def test_signals_while_comparing(
     options = json.dumps(FEW)
     arguments = ["compare", "--recipe", "mil_digits", "--vary", "aem=off,constant", "--seeds", "1"]
     arguments += [f"--data.options={options}", "--model.hidden=4", "--trainer.max_epochs=2", "--output", str(tmp_path)]
-    interrupt = signal.getsignal(signal.SIGINT)
+    # A shell's background job ignores Ctrl-C, and so do the tests in it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(run_record.CurveRecorder, "on_train_epoch_end", dying)
