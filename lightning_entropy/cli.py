@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -345,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if ``None``.
 
     Returns:
-        0; after what is printed on stderr 2 for an error of usage, 1 where the command could not go on, and 143 after
-        SIGTERM.
+        0; after what is printed on stderr 2 for an error of usage, 1 where the command could not go on, 141 where nobody
+        reads its output any more, and 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -359,6 +360,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
     except UsageError as error:
         print(f"lightning-entropy {arguments[0]}: {error}", file=sys.stderr)
         return error.code

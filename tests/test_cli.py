@@ -234,3 +234,19 @@ def test_a_limit_of_one_batch_is_one_batch(first: str, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        "import sys; from lightning_entropy.cli import main; sys.exit(main(['recipes']))",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 141
+    assert said == ""
