@@ -346,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process if ``None``.
 
     Returns:
-        0; after what is printed on stderr 2 for an error of usage, 1 where the command could not go on, 141 where nobody
-        reads its output any more, and 143 after SIGTERM.
+        0; after what is printed on stderr 2 for an error of usage, 1 where the command could not go on, 141 where
+        nobody reads its output any more, and 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
