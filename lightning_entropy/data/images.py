@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightning_entropy.arguments import check_types
 from lightning_entropy.data.image_source import SPLITS, ImageSource, open_images
 from lightning_entropy.data.open_source import check_arguments
+from lightning_entropy.data.source_items import SourceItems
 from lightning_entropy.data.split_data import SplitData
 from lightning_entropy.data.split_items import check_split_arguments, split_items
 from lightning_entropy.verbosity import announce
@@ -30,30 +29,13 @@ class ImageBatch(TypedDict):
     name: list[str]
 
 
-class ImageDataset(Dataset[Any]):
+class ImageDataset(SourceItems[ImageSource]):
     """Some of the images of a source.
 
     Args:
         source: where they are read from.
         indices: which.
     """
-
-    def __init__(self, source: ImageSource, *, indices: Sequence[int]) -> None:
-        self.source = source
-        self.indices = list(indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> list[int]:
-        """Classes of the images."""
-        return [self.source.labels[i] for i in self.indices]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the images."""
-        return [self.source.names[i] for i in self.indices]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """Read one image; ``key`` is its position, or ``(epoch, position)`` as ``EpochSampler`` gives it."""

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lightning_entropy.arguments import check_types
 from lightning_entropy.data.image_source import SPLITS
 from lightning_entropy.data.localization_picture import LocalizationSource, View
 from lightning_entropy.data.localization_source import open_localization
 from lightning_entropy.data.open_source import check_arguments
+from lightning_entropy.data.source_items import SourceItems
 from lightning_entropy.data.split_data import SplitData
 from lightning_entropy.verbosity import announce
 
@@ -24,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which p
 _RESIZE, _CROP = 256, 224  # the paper's sides before and after cropping, kept as a ratio for other sizes
 
 
-class LocalizationDataset(Dataset[Any]):
+class LocalizationDataset(SourceItems[LocalizationSource]):
     """Some of the images of a source, as a model sees them.
 
     Args:
@@ -48,21 +48,9 @@ class LocalizationDataset(Dataset[Any]):
         crop: Literal["centre", "random"] | None,
         seed: int,
     ) -> None:
-        self.source, self.indices, self.size = source, list(indices), size
+        super().__init__(source, indices=indices)
+        self.size = size
         self.multilabel, self.truth, self.crop, self.seed = multilabel, truth, crop, seed
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> list[tuple[int, ...]]:
-        """Classes of the images."""
-        return [self.source.labels[i] for i in self.indices]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the images."""
-        return [self.source.names[i] for i in self.indices]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """Read one image; ``key`` is its position, or ``(epoch, position)`` as ``EpochSampler`` gives it."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_entropy.data.source_items import SourceItems
 from lightning_entropy.data.text_source import TextSource
 
 
@@ -88,7 +89,7 @@ def token_ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
     return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
 
 
-class TextDataset(Dataset[Any]):
+class TextDataset(SourceItems[TextSource]):
     """Some of the texts of a source.
 
     Args:
@@ -99,22 +100,8 @@ class TextDataset(Dataset[Any]):
     """
 
     def __init__(self, source: TextSource, *, indices: Sequence[int], tokenizer: Any, max_length: int) -> None:
-        self.source = source
-        self.indices = list(indices)
+        super().__init__(source, indices=indices)
         self.tokenizer, self.max_length = tokenizer, max_length
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> list[int]:
-        """Classes of the texts."""
-        return [self.source.labels[i] for i in self.indices]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the texts."""
-        return [self.source.names[i] for i in self.indices]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         """Read one text; ``key`` is its position, or ``(epoch, position)`` as ``EpochSampler`` gives it."""

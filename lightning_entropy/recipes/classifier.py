@@ -75,13 +75,6 @@ class AdamWModule(LightningModule):
         self.lr, self.weight_decay, self.warmup_steps, self.decay = lr, weight_decay, int(warmup_steps), decay
         self.diverged_at: int | None = None
 
-    def datamodule(self) -> Any:
-        """That of the Trainer, or None."""
-        try:
-            return getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # Lightning's answer outside a Trainer
-            return None
-
     def on_fit_start(self) -> None:
         """A run begins: it has not diverged yet."""
         self.diverged_at = None

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_entropy.functional import multi_label_cross_entropy
 from lightning_entropy.functional.localization_boxes import Contours
 from lightning_entropy.localization import BackgroundActivationSuppression, draw_localization, map_boxes
-from lightning_entropy.recipes.classifier import Classifier
+from lightning_entropy.recipes.from_data import datamodule_of
+from lightning_entropy.recipes.image_classifier import ImageClassifier
 from lightning_entropy.recipes.localization_maps import LEARNED, map_kind, named_maps
 from lightning_entropy.recipes.localization_scores import MapScores, Thresholds
 from lightning_entropy.recipes.segmentation_scores import SegmentationScores, present_maps
@@ -36,13 +37,12 @@ class Located(NamedTuple):
     truth: Tensor
 
 
-class LocalizationEvaluation(Classifier):
+class LocalizationEvaluation(ImageClassifier):
     """A classifier whose maps are evaluated beside its labels.
 
     A subclass sets what is annotated here. ``thresholds`` are those of the last validation images that were seen.
     """
 
-    net: nn.Module | None
     split: str | None
     classifier_name: str | None
     in_channels: int | None
@@ -199,7 +199,7 @@ class LocalizationEvaluation(Classifier):
 
     def validation_batches(self) -> Iterator[dict[str, Any]]:
         """The validation images on the module's device, as many as the Trainer validates with."""
-        datamodule = self.datamodule()
+        datamodule = datamodule_of(self)
         loader: Any = None if datamodule is None else datamodule.val_dataloader()
         if not loader:
             return
@@ -232,7 +232,7 @@ class LocalizationEvaluation(Classifier):
         return True
 
     def _multilabel(self) -> bool:
-        return bool(getattr(self.datamodule(), "multilabel", False))
+        return bool(getattr(datamodule_of(self), "multilabel", False))
 
     def _new_scores(self) -> MapScores | SegmentationScores:
         self._located = []
@@ -292,7 +292,7 @@ class LocalizationEvaluation(Classifier):
 
     def shown(self, images: Tensor) -> Tensor:
         """Images in [0, 1], as the datamodule says, or each stretched between its extremes."""
-        denormalize = getattr(self.datamodule(), "denormalize", None)
+        denormalize = getattr(datamodule_of(self), "denormalize", None)
         if denormalize is not None:
             return denormalize(images)  # type: ignore[no-any-return]
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_entropy.localization import localizations_to_coco, map_boxes
+from lightning_entropy.recipes.from_data import datamodule_of
 from lightning_entropy.recipes.localization_files import write_coco, write_overlays
 from lightning_entropy.recipes.predictions import write_predictions
 
@@ -52,7 +53,7 @@ def predicted_batch(module: ImageLocalizer, batch: Mapping[str, Any]) -> dict[st
     found = map_boxes(maps, threshold=module.threshold(name), contours=module.contours)
     height, width = int(images.shape[2]), int(images.shape[3])
     sizes = batch["size"].cpu() if "size" in batch else torch.tensor([[height, width]] * len(images))
-    centre_crop = getattr(module.datamodule(), "evaluation", None) == "centre_crop"
+    centre_crop = getattr(datamodule_of(module), "evaluation", None) == "centre_crop"
     result = {
         "name": list(batch["name"]),
         "probabilities": logits.softmax(dim=-1).cpu(),

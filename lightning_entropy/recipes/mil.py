@@ -17,6 +17,7 @@ from lightning_entropy.recipes.abmil import Pooling
 from lightning_entropy.recipes.bag_attention import UnreadableAttention, attend
 from lightning_entropy.recipes.bag_models import BagModel, build_bag_model
 from lightning_entropy.recipes.class_weights import bag_loss, resolve_weights
+from lightning_entropy.recipes.from_data import datamodule_of, take_from_data
 from lightning_entropy.recipes.half_cosine import HalfCosine
 from lightning_entropy.recipes.mil_metrics import EvaluationMetrics
 from lightning_entropy.training.lightning import LightningModule
@@ -130,15 +131,7 @@ class MILClassifier(LightningModule):
         """Build the model, once; Lightning calls it when the datamodule is ready."""
         if self._built is not None:
             return
-        datamodule = self._datamodule()
-        for name in ("in_features", "num_classes"):
-            if getattr(self, name) is None:
-                value = getattr(datamodule, name, None)
-                if value is None:
-                    where = "the Trainer has no datamodule" if datamodule is None else f"its datamodule has no {name}"
-                    raise ValueError(f"MILClassifier needs {name}: {where}. Pass {name}=, or fit with SlideBags.")
-                setattr(self, name, int(value))
-                self.hparams[name] = int(value)  # so that a checkpoint can be loaded without the data
+        take_from_data(self, "in_features", "num_classes", fit_with="SlideBags")
         assert self.in_features is not None
         assert self.num_classes is not None
         self._built = build_bag_model(
@@ -153,16 +146,10 @@ class MILClassifier(LightningModule):
         self.net = self._built.net
         self.val_metrics, self.test_metrics = (EvaluationMetrics(self.num_classes) for _ in range(2))
         if self._class_weights is not None:
-            labels = getattr(getattr(datamodule, "train", None), "labels", None)
+            labels = getattr(getattr(datamodule_of(self), "train", None), "labels", None)
             weights = resolve_weights(self._class_weights, labels=labels, num_classes=self.num_classes)
             self.hparams["class_weights"] = weights
             self.class_weight = torch.tensor(weights, dtype=torch.float32, device=self.device)
-
-    def _datamodule(self) -> Any:
-        try:
-            return getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # Lightning's answer outside a Trainer
-            return None
 
     @property
     def built(self) -> BagModel:
@@ -250,7 +237,7 @@ class MILClassifier(LightningModule):
         missing = metrics.bags.missing()
         if missing and not self.trainer.sanity_checking and stage not in self._said:
             self._said.add(stage)
-            names = getattr(self._datamodule(), "classes", None)
+            names = getattr(datamodule_of(self), "classes", None)
             which = ", ".join(str(names[c]) if names else str(c) for c in missing)
             warnings.warn(
                 f"the {stage} bags have none of class {which}: {stage}/auc is the mean over the classes for "

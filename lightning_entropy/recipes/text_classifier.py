@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_entropy.arguments import check_types
 from lightning_entropy.data.token_batches import TextBatch, TextPairs, Tokens
 from lightning_entropy.recipes.classifier import Classifier, Decay
+from lightning_entropy.recipes.from_data import take_from_data
 from lightning_entropy.recipes.pretrained_model import load_pretrained
 
 Pooling = Literal["mean", "first"]
@@ -94,14 +95,8 @@ class TextClassifier(Classifier):
         """Load the encoder and make the head, once; Lightning calls it when the datamodule is ready."""
         if self.head is not None:
             return
-        if self.num_classes is None:
-            datamodule = self.datamodule()
-            value = getattr(datamodule, "num_classes", None)
-            if value is None:
-                where = "the Trainer has no datamodule" if datamodule is None else "its datamodule has no num_classes"
-                raise ValueError(f"TextClassifier needs num_classes: {where}. Pass num_classes=, or fit with TextSet.")
-            self.num_classes = int(value)
-            self.hparams["num_classes"] = self.num_classes  # so that a checkpoint can be loaded without the data
+        take_from_data(self, "num_classes", fit_with="TextSet")
+        assert self.num_classes is not None
         if self.encoder is None:
             assert self.pretrained is not None
             options: dict[str, Any] = {"owner": "TextClassifier", "options": self._model_kwargs}

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_entropy.data.pretrained import load_tokenizer
 from lightning_entropy.recipes.classifier import Decay
+from lightning_entropy.recipes.from_data import datamodule_of
 from lightning_entropy.recipes.source_task import SourceTask, train_on_source
 from lightning_entropy.recipes.text_classifier import Pooling, TextClassifier
 from lightning_entropy.surgery.trainable import train_only
@@ -141,7 +142,7 @@ class TransferClassifier(TextClassifier):
 
     def _learn_source(self) -> None:
         if self._source_seed is None:
-            seed = int(getattr(self.datamodule(), "seed", None) or 0)
+            seed = int(getattr(datamodule_of(self), "seed", None) or 0)
             self.source_task, self._source_seed = replace(self.source_task, seed=seed), seed
             self.hparams["source_seed"] = seed  # so that a checkpoint finds the same source task without the data
         assert self.encoder is not None

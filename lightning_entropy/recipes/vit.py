@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_entropy.activation.swap import swap_activations
 from lightning_entropy.activation.swap_rules import named_activation
 from lightning_entropy.arguments import check_types
-from lightning_entropy.data.images import ImageBatch
 from lightning_entropy.extras import require
-from lightning_entropy.recipes.classifier import Classifier, Decay, WarmUp
+from lightning_entropy.recipes.classifier import Decay, WarmUp
+from lightning_entropy.recipes.from_data import take_from_data
+from lightning_entropy.recipes.image_classifier import ImageClassifier
 from lightning_entropy.verbosity import announce
 
 
-class ViTClassifier(Classifier):
+class ViTClassifier(ImageClassifier):
     r"""One label for an image, from a vision transformer.
 
     Batches are those of :class:`~lightning_entropy.data.ImageSet`. Training minimises the cross-entropy with AdamW; it
@@ -95,15 +96,7 @@ class ViTClassifier(Classifier):
         """Build the model, once; Lightning calls it when the datamodule is ready."""
         if self.net is not None:
             return
-        datamodule = self.datamodule()
-        for name in ("image_size", "in_channels", "num_classes"):
-            if getattr(self, name) is None:
-                value = getattr(datamodule, name, None)
-                if value is None:
-                    where = "the Trainer has no datamodule" if datamodule is None else f"its datamodule has no {name}"
-                    raise ValueError(f"ViTClassifier needs {name}: {where}. Pass {name}=, or fit with ImageSet.")
-                setattr(self, name, int(value))
-                self.hparams[name] = int(value)  # so that a checkpoint can be loaded without the data
+        take_from_data(self, "image_size", "in_channels", "num_classes", fit_with="ImageSet")
         self.net = self._made_by_timm()
 
     def _made_by_timm(self) -> nn.Module:
@@ -118,30 +111,6 @@ class ViTClassifier(Classifier):
             image = torch.zeros(1, int(self.in_channels or 1), *2 * (int(self.image_size or 1),))
             announce(str(swap_activations(made, old="gelu", new=self._activation, example=image, optimizer=())))
         return made
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
-
-        Args:
-            image: ``(B, C, H, W)``.
-
-        Returns:
-            Logits ``(B, classes)``.
-
-        Raises:
-            RuntimeError: if the model is not built yet.
-        """
-        if self.net is None:
-            raise RuntimeError(
-                "the model is built by a Trainer, or at once if image_size, in_channels and num_classes are given"
-            )
-        logits: Tensor = self.net(image)
-        return logits
-
-    def logits(self, batch: ImageBatch) -> Tensor:
-        """Logits ``(B, classes)`` of a batch."""
-        logits: Tensor = self(batch["image"])
-        return logits
 
     def without_decay(self) -> list[str]:
         """What timm's model names in ``no_weight_decay``."""

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from lightning_entropy.arguments import check_types
 from lightning_entropy.functional.localization_boxes import Contours
 from lightning_entropy.recipes.classifier import Decay
+from lightning_entropy.recipes.from_data import take_from_data
 from lightning_entropy.recipes.localization_evaluation import LocalizationEvaluation
 from lightning_entropy.recipes.localization_maps import map_kind
 from lightning_entropy.recipes.localization_models import SMALL, make_classifier
@@ -147,17 +148,7 @@ class ImageLocalizer(LocalizationEvaluation):
 
     def configure_model(self) -> None:
         """Build the model, once; Lightning calls it when the datamodule is ready."""
-        datamodule = self.datamodule()
-        for name in ("in_channels", "num_classes", "image_size"):
-            if getattr(self, name) is None:
-                value = getattr(datamodule, name, None)
-                if value is None:
-                    where = "the Trainer has no datamodule" if datamodule is None else f"its datamodule has no {name}"
-                    raise ValueError(
-                        f"ImageLocalizer needs {name}: {where}. Pass {name}=, or fit with LocalizationSet."
-                    )
-                setattr(self, name, int(value))
-                self.hparams[name] = int(value)  # so that a checkpoint can be loaded without the data
+        take_from_data(self, "in_channels", "num_classes", "image_size", fit_with="LocalizationSet")
         if self.net is None:
             self.net = make_classifier(
                 str(self._name),
@@ -168,30 +159,6 @@ class ImageLocalizer(LocalizationEvaluation):
             )
         if self.split is None:
             self.split = getattr(self.net, "split", None)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
-
-        Args:
-            image: ``(B, C, H, W)``, normalised.
-
-        Returns:
-            Logits ``(B, classes)``.
-
-        Raises:
-            RuntimeError: if the model is not built yet.
-        """
-        if self.net is None:
-            raise RuntimeError(
-                "the model is built by a Trainer, or at once if in_channels, num_classes and image_size are given"
-            )
-        logits: Tensor = self.net(image)
-        return logits
-
-    def logits(self, batch: dict[str, Any]) -> Tensor:
-        """Logits ``(B, classes)`` of a batch."""
-        logits: Tensor = self(batch["image"])
-        return logits
 
     def on_fit_start(self) -> None:
         """Refuse CutMix beside BAS."""
